@@ -1,0 +1,76 @@
+# `make help` lists the targets. Everything runs from .venv, which `make install` makes.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+ARGS ?=
+JOBS ?= 2
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install quickstart test test-all lint format types bench build clean
+
+help: ## List the targets
+	@echo "usage: make [target] [VARIABLE=value ...]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "variables: PYTHON=$(PYTHON) (3.11 to 3.14), PIP_FLAGS (for pip install),"
+	@echo "           ARGS (for the recipe or pytest), JOBS=$(JOBS) (test processes)"
+
+install: $(STAMP) ## Make .venv and install the pinned set (again when a pin changed)
+
+quickstart: install ## Train SmolLM2-135M on one-digit sums: about ten minutes on two cores
+	$(LAUNCH) recipes/grpo.py --config recipes/configs/quickstart.yaml $(ARGS)
+
+test: install ## Run the tests, without those marked slow
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: install ## Run all tests
+	$(PYTEST) $(ARGS)
+
+lint: install ## Check style and format with ruff
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: install ## Format the code and apply the safe fixes
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: install ## Check the types of the package with mypy --strict
+	$(PY) -m mypy --strict trl_grpo_ext
+
+bench: install ## Run every benchmark, one after the other
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script; done
+
+build: install ## Make the sdist and the wheel in dist/
+	$(PY) -m build
+
+clean: ## Remove what was built and the caches; .venv and outputs/ stay
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# Each test process has one thread (tests/conftest.py); the tests of a file share its fixtures.
+PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile
+
+# One process on one device, whatever `accelerate config` says, and said in full so that accelerate
+# does not warn about its defaults. Left alone it would also give torch a single CPU thread.
+LAUNCH = CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(VENV)/bin/accelerate launch \
+	--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $$($(PY) -c 'import torch; print(torch.get_num_threads())')
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt $(PY)
+	@$(call check_python,$(PY))
+	$(PY) -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# A venv without pip (Debian without python3-venv) fails here, and .DELETE_ON_ERROR takes it back.
+$(PY):
+	@$(call check_python,$(PYTHON))
+	$(PYTHON) -m venv $(VENV)
+
+check_python = found=$$($(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])') || \
+	{ echo "error: '$(1)' does not run. Install Python 3.11 to 3.14, or say where it is: make PYTHON=/path/to/python3.12" >&2; exit 1; }; \
+	case $$found in 3.11|3.12|3.13|3.14) ;; \
+	*) echo "error: '$(1)' is Python $$found, and the pinned packages need 3.11 to 3.14. Name another one: make PYTHON=python3.12$(if $(filter $(PY),$(1)), (and remove $(VENV) first))" >&2; exit 1;; esac

@@ -1,0 +1,246 @@
+"""The 4-bit layer against a plain reading of the paper, against bitsandbytes, and by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trl_grpo_ext.reference import QuantizedLinear
+from trl_grpo_ext.reference.quantized import QuantizationType
+
+# Dettmers et al. 2023, arXiv:2305.14314, appendix E.
+NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+]  # fmt: skip
+# One sign, two exponent and one mantissa bit, as bitsandbytes scales them.
+FP4 = [sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 2, 3, 4, 6, 8, 12)]
+CODES: dict[QuantizationType, list[float]] = {"nf4": NF4, "fp4": FP4}
+
+SHAPES = [(8, 64), (32, 40), (7, 5), (3, 1), (1, 3), (65, 33)]
+
+
+def random_weight(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def slowly_quantized(weight: Tensor, code: list[float], block_size: int) -> Tensor:
+    """Each weight as the nearest value of the code, times the largest of its block."""
+    blocks = weight.flatten().split(block_size)
+    values = torch.tensor(code)
+    rounded = []
+    for block in blocks:
+        scale = block.abs().max()
+        nearest = (block[:, None] / scale - values).abs().argmin(dim=1)
+        rounded.append(values[nearest] * scale)
+    return torch.cat(rounded).view_as(weight)
+
+
+def by_bitsandbytes(weight: Tensor, **settings: Any) -> Tensor:
+    return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, **settings))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_dequantized_weight_is_the_nearest_code_of_each_block(
+    shape: tuple[int, int], block_size: int
+) -> None:
+    weight = random_weight(*shape)
+    layer = QuantizedLinear(weight, block_size=block_size, double_quantization=False)
+    torch.testing.assert_close(
+        layer.dequantized_weight(torch.float32), slowly_quantized(weight, NF4, block_size)
+    )
+
+
+def test_dequantized_weight_takes_its_values_from_the_code_that_was_asked_for() -> None:
+    weight = random_weight(16, 64)
+    for quantization, code in CODES.items():
+        layer = QuantizedLinear(weight, quantization=quantization, double_quantization=False)
+        scaled = layer.dequantized_weight(torch.float32).view(-1, 64)
+        scaled = scaled / weight.view(-1, 64).abs().amax(dim=1, keepdim=True)
+        distances = (scaled.flatten()[:, None] - torch.tensor(code)).abs().amin(dim=1)
+        assert distances.max() < 1e-4, quantization
+    nf4, fp4 = (QuantizedLinear(weight, quantization=q) for q in CODES)
+    assert not torch.equal(
+        nf4.dequantized_weight(torch.float32), fp4.dequantized_weight(torch.float32)
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+@pytest.mark.parametrize("block_size", [64, 256])
+@pytest.mark.parametrize("double_quantization", [True, False])
+def test_dequantized_weight_equals_that_of_bitsandbytes(
+    shape: tuple[int, int],
+    quantization: QuantizationType,
+    block_size: int,
+    double_quantization: bool,
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weight = random_weight(*shape).to(dtype)
+        layer = QuantizedLinear(
+            weight,
+            quantization=quantization,
+            block_size=block_size,
+            double_quantization=double_quantization,
+        )
+        expected = by_bitsandbytes(
+            weight,
+            blocksize=block_size,
+            quant_type=quantization,
+            compress_statistics=double_quantization,
+        )
+        result = layer.dequantized_weight(dtype)
+        assert result.dtype == dtype
+        assert torch.equal(result, expected)
+
+
+def test_double_quantization_rounds_the_scales_a_little() -> None:
+    weight = random_weight(64, 64)
+    single = QuantizedLinear(weight, double_quantization=False).dequantized_weight(torch.float32)
+    double = QuantizedLinear(weight, double_quantization=True).dequantized_weight(torch.float32)
+    assert not torch.equal(single, double)
+    torch.testing.assert_close(single, double, rtol=0.05, atol=0.0)
+
+
+def test_dequantized_weight_of_a_block_of_zeros_is_zero() -> None:
+    weight = torch.cat([torch.zeros(1, 64), torch.ones(1, 64)])
+    layer = QuantizedLinear(weight, double_quantization=False)
+    assert torch.equal(layer.dequantized_weight(torch.float32), weight)
+
+
+@given(
+    out_features=st.integers(1, 9),
+    in_features=st.integers(3, 90),
+    seed=st.integers(0, 100),
+    double_quantization=st.booleans(),
+)
+@hypothesis_settings(max_examples=30, deadline=None)
+def test_dequantized_weight_is_never_off_by_more_than_half_the_widest_gap(
+    out_features: int, in_features: int, seed: int, double_quantization: bool
+) -> None:
+    weight = random_weight(out_features, in_features, seed=seed)
+    layer = QuantizedLinear(weight, double_quantization=double_quantization)
+    error = (layer.dequantized_weight(torch.float32) - weight).abs().max()
+    # The widest gap of NF4 is from -1 to -0.696; the second rounding moves a scale by a few percent.
+    assert error <= weight.abs().max() * ((1 - 0.6961) / 2 + 0.05 * double_quantization)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(32, 64), (7, 5)])
+def test_forward_equals_linear_with_the_dequantized_weight(
+    dtype: torch.dtype, with_bias: bool, shape: tuple[int, int]
+) -> None:
+    weight = random_weight(*shape).to(dtype)
+    bias = random_weight(shape[0], seed=1).to(dtype) if with_bias else None
+    inputs = random_weight(2, 3, shape[1], seed=2).to(dtype)
+    outputs = QuantizedLinear(weight, bias, double_quantization=False)(inputs)
+    expected_weight = by_bitsandbytes(weight, blocksize=64, quant_type="nf4")
+    assert outputs.dtype == dtype
+    assert torch.equal(outputs, F.linear(inputs, expected_weight, bias))
+
+
+def test_forward_follows_the_dtype_of_its_inputs_whatever_the_weight_was() -> None:
+    weight, bias = random_weight(8, 64), random_weight(8, seed=1)
+    layer = QuantizedLinear(weight, bias)
+    inputs = random_weight(2, 64, seed=2).bfloat16()
+    expected = F.linear(inputs, layer.dequantized_weight(torch.bfloat16), bias.bfloat16())
+    assert torch.equal(layer(inputs), expected)
+    assert layer(inputs).dtype == torch.bfloat16
+
+
+def test_forward_under_autocast_equals_that_of_an_ordinary_layer() -> None:
+    weight, bias = random_weight(8, 64), random_weight(8, seed=1)
+    inputs = random_weight(2, 64, seed=2)
+    layer = QuantizedLinear(weight, bias)
+    ordinary = nn.Linear(64, 8)
+    ordinary.weight.data, ordinary.bias.data = layer.dequantized_weight(torch.float32), bias
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        outputs, expected = layer(inputs), ordinary(inputs)
+    assert outputs.dtype == torch.bfloat16
+    assert torch.equal(outputs, expected)
+
+
+def test_the_bias_is_a_copy() -> None:
+    bias = torch.zeros(4)
+    layer = QuantizedLinear(random_weight(4, 8), bias)
+    bias += 1.0
+    assert torch.equal(layer(torch.zeros(1, 8)), torch.zeros(1, 4))
+
+
+def test_the_layer_has_nothing_to_train() -> None:
+    ordinary = nn.Linear(64, 8)
+    layer = QuantizedLinear(ordinary.weight, ordinary.bias)
+    assert list(layer.parameters()) == []
+    assert not layer(torch.ones(1, 64)).requires_grad
+
+
+@pytest.mark.parametrize("double_quantization", [True, False])
+def test_a_change_of_dtype_does_not_change_the_weights(double_quantization: bool) -> None:
+    layer = QuantizedLinear(
+        random_weight(64, 64), random_weight(64, seed=1), double_quantization=double_quantization
+    )
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    weight = layer.dequantized_weight(torch.float32)
+    for changed in (layer.to(torch.bfloat16), layer.half(), nn.Sequential(layer).to(torch.half)):
+        assert isinstance(changed, nn.Module)
+        assert torch.equal(layer.dequantized_weight(torch.float32), weight)
+        for name, buffer in layer.named_buffers():
+            assert buffer.dtype == before[name].dtype, name
+            assert torch.equal(buffer, before[name]), name
+
+
+def test_a_move_to_a_device_takes_every_buffer_along() -> None:
+    layer = QuantizedLinear(random_weight(64, 64), random_weight(64, seed=1)).to("meta")
+    assert {buffer.device.type for buffer in layer.buffers()} == {"meta"}
+
+
+@pytest.mark.parametrize("double_quantization", [True, False])
+def test_state_dict_restores_the_layer_in_another_one(double_quantization: bool) -> None:
+    options: dict[str, Any] = {"double_quantization": double_quantization}
+    source = QuantizedLinear(random_weight(48, 70), random_weight(48, seed=1), **options)
+    target = QuantizedLinear(3 * random_weight(48, 70, seed=2), torch.zeros(48), **options)
+    inputs = random_weight(2, 70, seed=3)
+    assert not torch.equal(target(inputs), source(inputs))
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target(inputs), source(inputs))
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "num_bytes"),
+    [
+        # packed + absmax (float32) + 16 codes (float32)
+        ((32, 64), {"double_quantization": False}, 1024 + 32 * 4 + 64),
+        ((32, 64), {"double_quantization": False, "block_size": 256}, 1024 + 8 * 4 + 64),
+        ((7, 5), {"double_quantization": False}, 18 + 1 * 4 + 64),  # 35 weights: 17.5 bytes
+        ((13, 10), {"double_quantization": False}, 65 + 3 * 4 + 64),  # 130 weights: 3 blocks
+        # packed + absmax (8 bits) + codes + its own absmax, 256 codes and offset (float32)
+        ((32, 64), {}, 1024 + 32 + 64 + 1 * 4 + 256 * 4 + 4),
+        ((512, 64), {}, 16384 + 512 + 64 + 2 * 4 + 256 * 4 + 4),
+    ],
+)
+def test_num_bytes_by_hand(
+    shape: tuple[int, int], settings: dict[str, Any], num_bytes: int
+) -> None:
+    weight = random_weight(*shape)
+    assert QuantizedLinear(weight, **settings).num_bytes == num_bytes
+    assert QuantizedLinear(weight, torch.zeros(shape[0]), **settings).num_bytes == num_bytes
+
+
+def test_repr_says_how_the_weight_is_stored() -> None:
+    layer = QuantizedLinear(random_weight(8, 64), quantization="fp4", block_size=128)
+    assert repr(layer) == (
+        "QuantizedLinear(in_features=64, out_features=8, quantization=fp4, block_size=128, "
+        "double_quantization=True)"
+    )

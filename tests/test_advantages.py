@@ -1,0 +1,232 @@
+"""Advantages against numbers worked out by hand, a slow reference, TRL's own lines, and their invariants."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from trl.trainer.utils import nanstd
+
+from trl_grpo_ext.advantages import (
+    group_advantages,
+    multi_reward_advantages,
+    silent_groups,
+    weighted_reward,
+)
+
+NAN = math.nan
+rewards_lists = st.lists(
+    st.lists(st.floats(-10, 10, width=32) | st.just(NAN), min_size=4, max_size=4),
+    min_size=1,
+    max_size=5,
+)
+
+
+def test_group_advantages_divides_by_the_sample_deviation_of_the_group() -> None:
+    # Group 1: mean 1, deviations -1, 0, 1, std sqrt(2 / 2) = 1. Group 2: mean 4, std 2.
+    rewards = torch.tensor([0.0, 1.0, 2.0, 2.0, 4.0, 6.0])
+    expected = torch.tensor([-1.0, 0.0, 1.0, -1.0, 0.0, 1.0])
+    torch.testing.assert_close(group_advantages(rewards, group_size=3, eps=0.0), expected)
+
+
+def test_group_advantages_adds_eps_to_the_deviation() -> None:
+    rewards = torch.tensor([0.0, 1.0, 2.0])
+    torch.testing.assert_close(
+        group_advantages(rewards, group_size=3, eps=1.0), torch.tensor([-0.5, 0.0, 0.5])
+    )
+
+
+def test_group_advantages_divides_by_the_deviation_of_the_batch() -> None:
+    # All six: mean 2.5, squares 6.25 + 2.25 + .25 + .25 + 2.25 + 12.25 = 23.5, std sqrt(23.5 / 5).
+    rewards = torch.tensor([0.0, 1.0, 2.0, 2.0, 4.0, 6.0])
+    expected = torch.tensor([-1.0, 0.0, 1.0, -2.0, 0.0, 2.0]) / math.sqrt(4.7)
+    torch.testing.assert_close(
+        group_advantages(rewards, group_size=3, scale="batch", eps=0.0), expected
+    )
+
+
+def test_group_advantages_leave_one_out_compares_with_the_others() -> None:
+    # 0 against (1 + 5) / 2 = 3; 1 against 2.5; 5 against 0.5.
+    rewards = torch.tensor([0.0, 1.0, 5.0])
+    result = group_advantages(rewards, group_size=3, baseline="leave_one_out", scale="none")
+    torch.testing.assert_close(result, torch.tensor([-3.0, -1.5, 4.5]))
+
+
+def test_group_advantages_leave_one_out_counts_only_scored_ones() -> None:
+    rewards = torch.tensor([0.0, NAN, 5.0])
+    result = group_advantages(rewards, group_size=3, baseline="leave_one_out", scale="none")
+    torch.testing.assert_close(result, torch.tensor([-5.0, 0.0, 5.0]))
+
+
+def test_group_advantages_leaves_unscored_completions_out() -> None:
+    rewards = torch.tensor([0.0, NAN, 2.0, NAN])
+    expected = torch.tensor([-1.0, 0.0, 1.0, 0.0]) / math.sqrt(2)
+    torch.testing.assert_close(group_advantages(rewards, group_size=4, eps=0.0), expected)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+def test_group_advantages_is_0_where_one_or_none_was_scored(baseline: str, scale: str) -> None:
+    rewards = torch.tensor([3.0, NAN, NAN, NAN, 0.0, 1.0])
+    result = group_advantages(rewards, group_size=2, baseline=baseline, scale=scale)
+    assert result[:4].tolist() == [0.0] * 4
+    assert result[5] > 0
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_group_advantages_is_exactly_0_in_a_group_of_equal_rewards(scale: str) -> None:
+    # 0.1 is no binary fraction: a mean in float32 misses it, and TRL divides the miss by 1e-4.
+    rewards = torch.tensor([0.1] * 7 + [0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0])
+    result = group_advantages(rewards, group_size=7, scale=scale)
+    assert result[:7].tolist() == [0.0] * 7
+    assert result[7:].abs().min() > 0
+
+
+@given(rewards_lists, st.floats(-5, 5, width=32))
+def test_group_advantages_do_not_change_when_a_constant_is_added(
+    rows: list[list[float]], shift: float
+) -> None:
+    rewards = torch.tensor(rows, dtype=torch.float64).flatten()
+    shifted = rewards + shift
+    before = group_advantages(rewards, group_size=4, scale="none")
+    after = group_advantages(shifted, group_size=4, scale="none")
+    torch.testing.assert_close(before, after, atol=1e-9, rtol=0)
+
+
+@given(rewards_lists)
+def test_group_advantages_sum_to_0_in_each_group(rows: list[list[float]]) -> None:
+    result = group_advantages(torch.tensor(rows, dtype=torch.float64).flatten(), group_size=4)
+    assert result.view(-1, 4).sum(dim=1).abs().max() < 1e-6
+    assert not result.isnan().any()
+
+
+@given(rewards_lists)
+def test_group_advantages_equal_a_slow_reference(rows: list[list[float]]) -> None:
+    rewards = torch.tensor(rows, dtype=torch.float64)
+    result = group_advantages(rewards.flatten(), group_size=4).tolist()
+    assert result == pytest.approx([a for row in rewards.tolist() for a in _slow(row)], abs=1e-6)
+
+
+def _slow(row: list[float]) -> list[float]:
+    scored = [r for r in row if not math.isnan(r)]
+    if len(scored) < 2 or len(set(scored)) == 1:
+        return [0.0] * len(row)
+    mean, deviation = statistics.fmean(scored), statistics.stdev(scored)
+    return [0.0 if math.isnan(r) else (r - mean) / (deviation + 1e-4) for r in row]
+
+
+def test_group_advantages_keeps_dtype() -> None:
+    assert group_advantages(torch.zeros(4, dtype=torch.bfloat16), group_size=2).dtype == (
+        torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"group_size": 1}, "at least 2 completions"),
+        ({"group_size": 3}, "4 completions do not divide into groups of `group_size`=3"),
+        ({"group_size": 2, "scale": "std"}, "`scale` is 'std'; use one of group, batch, none"),
+        ({"group_size": 2, "baseline": "median"}, "`baseline` is 'median'; use one of mean"),
+        ({"group_size": 2, "eps": -1.0}, "`eps` is -1.0"),
+    ],
+)
+def test_group_advantages_refuses_when_out_of_range(
+    arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        group_advantages(torch.zeros(4), **arguments)
+
+
+def test_group_advantages_refuses_a_matrix() -> None:
+    with pytest.raises(ValueError, match=r"shape \(4, 2\)"):
+        group_advantages(torch.zeros(4, 2), group_size=2)
+
+
+# Several rewards ------------------------------------------------------------------------------
+
+
+def test_weighted_reward_sums_what_applies() -> None:
+    rewards = torch.tensor([[1.0, 2.0], [NAN, 2.0], [NAN, NAN]])
+    result = weighted_reward(rewards, torch.tensor([1.0, 0.5]))
+    torch.testing.assert_close(
+        result, torch.tensor([2.0, 1.0, NAN], dtype=torch.float64), equal_nan=True
+    )
+
+
+def test_weighted_reward_refuses_a_wrong_number_of_weights() -> None:
+    with pytest.raises(ValueError, match="3 weights for 2 reward functions"):
+        weighted_reward(torch.zeros(2, 2), torch.ones(3))
+
+
+def test_normalize_then_sum_gives_a_small_reward_the_same_say() -> None:
+    # Each column is +-1/sqrt(2) within its group whatever its size, so the sums are 0 twice.
+    rewards = torch.tensor([[100.0, 0.0], [0.0, 0.01]])
+    result = multi_reward_advantages(
+        rewards, group_size=2, aggregation="normalize_then_sum", eps=0.0
+    )
+    assert result.abs().max() < 1e-6
+    summed = multi_reward_advantages(rewards, group_size=2, eps=0.0)
+    torch.testing.assert_close(summed, torch.tensor([1.0, -1.0]) / math.sqrt(2))
+
+
+def test_normalize_then_sum_is_exactly_0_where_every_reward_is_equal() -> None:
+    rewards = torch.tensor([[0.1, 0.3]] * 3 + [[0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
+    result = multi_reward_advantages(rewards, group_size=3, aggregation="normalize_then_sum")
+    assert result[:3].tolist() == [0.0] * 3
+    assert result[3:].abs().max() > 0.5
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_multi_reward_advantages_equal_trl(aggregation: str, scale: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    rewards = torch.rand(24, 3, generator=generator)
+    rewards[torch.rand(24, 3, generator=generator) < 0.15] = NAN
+    rewards[5] = NAN  # nobody could score it
+    rewards[6, 1] = NAN
+    weights = torch.tensor([1.0, 0.5, 2.0])
+    ours = multi_reward_advantages(
+        rewards, group_size=8, weights_R=weights, aggregation=aggregation, scale=scale
+    )
+    torch.testing.assert_close(
+        ours, _trl(rewards, weights, 8, aggregation, scale), atol=1e-6, rtol=0
+    )
+
+
+def _trl(
+    rewards: torch.Tensor, weights: torch.Tensor, group_size: int, aggregation: str, scale: str
+) -> torch.Tensor:
+    """What trl 1.16.0 computes, in its order; equality in the trainer itself: tests/test_trainer.py."""
+    unscored = rewards.isnan().all(dim=1)
+    if aggregation == "sum_then_normalize":
+        summed = (rewards * weights).nansum(dim=1)
+        summed[unscored] = NAN
+        grouped = summed.view(-1, group_size)
+        centred = summed - grouped.nanmean(dim=1).repeat_interleave(group_size)
+        deviation = {
+            "group": nanstd(grouped, dim=1).repeat_interleave(group_size),
+            "batch": nanstd(summed),
+            "none": None,
+        }[scale]
+        return (centred if deviation is None else centred / (deviation + 1e-4)).nan_to_num(0.0)
+    grouped = rewards.view(-1, group_size, rewards.shape[1])
+    deviation = nanstd(grouped, dim=1, keepdim=True)
+    normalized = (grouped - grouped.nanmean(dim=1, keepdim=True)) / (deviation + 1e-4)
+    summed = (normalized.view(rewards.shape) * weights).nansum(dim=1)
+    summed[unscored] = NAN
+    return ((summed - summed.nanmean()) / (nanstd(summed) + 1e-4)).nan_to_num(0.0)
+
+
+def test_multi_reward_advantages_refuses_an_unknown_aggregation() -> None:
+    with pytest.raises(ValueError, match="use one of sum_then_normalize, normalize_then_sum"):
+        multi_reward_advantages(torch.zeros(4, 1), group_size=2, aggregation="mean")
+
+
+def test_silent_groups_are_those_that_cannot_teach() -> None:
+    rewards = torch.tensor([1.0, 1.0, 1.0, 0.0, NAN, 1.0, NAN, NAN])
+    assert silent_groups(rewards, group_size=2).tolist() == [True, False, True, True]

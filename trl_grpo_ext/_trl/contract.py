@@ -1,0 +1,181 @@
+"""What this package relies on inside TRL, member by member, and a check that it still holds.
+
+TRL's private members may change in any release. Each :class:`Seam` names one that we wrap, with
+what we read of it; :func:`check_contract` runs when the trainer is first imported, so that a
+changed TRL stops a run before a model loads.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from types import CodeType
+from typing import Any
+
+from trl_grpo_ext.errors import ContractError
+
+TESTED_TRL_VERSIONS = ("1.16.0",)
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One member of ``trl.GRPOTrainer`` that this package wraps.
+
+    Attributes:
+        name: Of the method.
+        parameters: Those that we pass or read by name.
+        names: Attributes and globals that its body must use, since we replace or read them there.
+        constants: String keys that its body must hold.
+    """
+
+    name: str
+    parameters: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
+
+
+SEAMS = (
+    Seam(
+        "__init__",
+        parameters=(
+            "model",
+            "reward_funcs",
+            "args",
+            "train_dataset",
+            "eval_dataset",
+            "processing_class",
+        ),
+        names=(
+            "create_model_from_path",
+            "ref_model",
+            "reward_funcs",
+            "reward_func_names",
+            "reward_weights",
+        ),
+        constants=("advantages",),
+    ),
+    Seam("_generate_single_turn", parameters=("prompt_ids", "num_generations")),
+    Seam(
+        "_get_per_token_logps_and_entropies",
+        parameters=("model", "input_ids", "attention_mask", "logits_to_keep"),
+    ),
+    Seam(
+        "_calculate_rewards",
+        parameters=("inputs", "prompts", "completions", "completion_ids_list"),
+        names=("reward_funcs", "reward_processing_classes", "_log_metric"),
+    ),
+    Seam(
+        "_generate_and_score_completions",
+        parameters=("inputs",),
+        names=("_calculate_rewards", "_logs", "_metrics", "num_generations_eval", "reward_weights"),
+        constants=("advantages", "frac_reward_zero_std"),
+    ),
+    Seam(
+        "_compute_loss",
+        parameters=("model", "inputs"),
+        names=(
+            "beta",
+            "use_bias_correction_kl",
+            "importance_sampling_level",
+            "current_gradient_accumulation_steps",
+        ),
+        constants=(
+            "ref_per_token_logps",
+            "old_per_token_logps",
+            "completion_mask",
+            "num_items_in_batch",
+            "kl",
+        ),
+    ),
+    Seam("training_step", parameters=("model", "inputs", "num_items_in_batch"), names=("_step",)),
+)
+
+_CONFIG_FIELDS = (
+    "beta",
+    "num_generations",
+    "num_generations_eval",
+    "scale_rewards",
+    "loss_type",
+    "use_bias_correction_kl",
+    "multi_objective_aggregation",
+    "importance_sampling_level",
+    "steps_per_generation",
+    "generation_batch_size",
+    "sync_ref_model",
+    "max_completion_length",
+)
+
+
+def contract_problems() -> list[str]:
+    """Return what the installed TRL changed of what we rely on, a line each; empty if sound."""
+    from trl.trainer import grpo_trainer
+    from trl.trainer.grpo_config import GRPOConfig
+
+    problems = [
+        problem for seam in SEAMS for problem in _seam_problems(seam, grpo_trainer.GRPOTrainer)
+    ]
+    if not hasattr(grpo_trainer, "create_model_from_path"):
+        problems.append("trl.trainer.grpo_trainer.create_model_from_path is gone")
+    fields = GRPOConfig.__dataclass_fields__
+    problems += [f"GRPOConfig.{name} is gone" for name in _CONFIG_FIELDS if name not in fields]
+    return problems
+
+
+def is_tested_version() -> bool:
+    """Return whether the test suite has run against the installed TRL version."""
+    return version("trl") in TESTED_TRL_VERSIONS
+
+
+def check_contract() -> None:
+    """Make sure that the installed TRL is one that this package can extend.
+
+    Raises:
+        ContractError: a member changed; the message names each and says which version to install.
+
+    Warns:
+        UserWarning: every member is as expected, but this version has not been tested.
+    """
+    tested = ", ".join(TESTED_TRL_VERSIONS)
+    if problems := contract_problems():
+        raise ContractError(
+            f"trl {version('trl')} changed {len(problems)} of the members that trl_grpo_ext "
+            f"relies on: {'; '.join(problems)}. Install a tested version (trl=={tested}), "
+            "or follow 'Widening the TRL range' in CONTRIBUTING.md."
+        )
+    if not is_tested_version():
+        warnings.warn(
+            f"trl {version('trl')} has every member that trl_grpo_ext relies on but was not tested "
+            f"with it. If numbers look wrong, install a tested version (trl=={tested}).",
+            stacklevel=2,
+        )
+
+
+def _seam_problems(seam: Seam, trainer_class: type) -> list[str]:
+    method = getattr(trainer_class, seam.name, None)
+    if method is None:
+        return [f"GRPOTrainer.{seam.name} is gone"]
+    method = inspect.unwrap(method)
+    missing = [
+        f"its parameter `{name}`"
+        for name in seam.parameters
+        if name not in inspect.signature(method).parameters
+    ]
+    names, constants = _vocabulary(method.__code__)
+    missing += [f"its use of `{name}`" for name in seam.names if name not in names]
+    missing += [f"its key '{key}'" for key in seam.constants if key not in constants]
+    return [f"GRPOTrainer.{seam.name} lost {', '.join(missing)}"] if missing else []
+
+
+def _vocabulary(code: CodeType) -> tuple[set[str], set[Any]]:
+    """Names and string constants that a function's byte code uses, inner functions included."""
+    names, constants = set(code.co_names) | set(code.co_varnames), set()
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            inner_names, inner_constants = _vocabulary(constant)
+            names |= inner_names
+            constants |= inner_constants
+        elif isinstance(constant, str | tuple):
+            constants |= set(constant) if isinstance(constant, tuple) else {constant}
+    return names, constants

@@ -1,0 +1,291 @@
+"""TRL's GRPO trainer with the steps of the algorithm as public methods to override.
+
+Nothing of TRL is copied: each private method is wrapped, calls ``super()``, and hands what it found
+to a hook with a public name. A hook that is not overridden leaves TRL's own result untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl.trainer import grpo_trainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from trl_grpo_ext._trl.contract import check_contract
+from trl_grpo_ext.losses import ImportanceLevel, LossReduction
+
+check_contract()
+
+# How TRL's loss types reduce per-token values, in the words of `losses.reduce_tokens`.
+_REDUCTIONS: dict[str, LossReduction] = {"sapo": "grpo", "cispo": "dapo", "vespo": "dapo"}
+
+
+@dataclass(frozen=True)
+class KLInputs:
+    """What a KL penalty is made of, and how this run reduces per-token values to a loss.
+
+    Shapes: ``B`` completions of the micro-batch, ``T`` completion tokens.
+
+    Attributes:
+        logprobs_BT: Of the policy, with gradient.
+        old_logprobs_BT: Of the policy that sampled.
+        ref_logprobs_BT: Of the reference.
+        mask_BT: 1 on the tokens that count.
+        importance_level: Of the ratio that the KL is multiplied by.
+        reduction: As in :func:`trl_grpo_ext.losses.reduce_tokens`.
+        num_tokens: What ``reduction="dapo"`` divides by, gradient accumulation included.
+        accumulation_steps: What the other reductions divide by.
+    """
+
+    logprobs_BT: Tensor
+    old_logprobs_BT: Tensor
+    ref_logprobs_BT: Tensor
+    mask_BT: Tensor
+    importance_level: ImportanceLevel
+    reduction: LossReduction
+    num_tokens: Tensor
+    accumulation_steps: int
+
+
+class SeamedGRPOTrainer(GRPOTrainer):
+    """``trl.GRPOTrainer`` with public hooks: reference, rewards, advantages and KL penalty."""
+
+    args: GRPOConfig
+    model: PreTrainedModel
+    _logs: dict[str, Any]
+    _tag_names = [*GRPOTrainer._tag_names, "trl-grpo-ext"]  # noqa: RUF012 - as in TRL
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._phase_seconds: dict[str, float] = defaultdict(float)
+        self._policy_logprobs: Tensor | None = None
+        self._keep_policy_logprobs = False
+        self._rewards_per_func: Tensor | None = None
+        with _reference_from(self):
+            super().__init__(*args, **kwargs)
+
+    # Hooks: what a subclass overrides -------------------------------------------------------------
+
+    @property
+    def extended(self) -> bool:
+        """Whether the hooks are used at all; if not, TRL's code runs untouched."""
+        return True
+
+    def make_reference(self, policy: PreTrainedModel) -> nn.Module | None:
+        """Return the frozen reference for this policy, or ``None`` to have TRL load its own."""
+        return None
+
+    def checked_reward(self, reward_func: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """Return the reward function that TRL calls in the place of ``reward_func``."""
+        return reward_func
+
+    def compute_advantages(
+        self, rewards_BR: Tensor, group_size: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return advantages, shape ``(B,)``, and the silent groups, shape ``(P,)``.
+
+        ``None`` keeps TRL's.
+        """
+        return None
+
+    @property
+    def replaces_kl(self) -> bool:
+        """Whether :meth:`compute_kl` stands in for TRL's KL penalty."""
+        return False
+
+    def compute_kl(self, inputs: KLInputs) -> tuple[Tensor, Tensor]:
+        """Return the KL penalty to add to the loss, and each token's KL in nats, ``(B, T)``."""
+        raise NotImplementedError
+
+    # Reference ------------------------------------------------------------------------------------
+
+    def load_reference(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the reference model: the hook's, or TRL's own."""
+        reference = self.make_reference(self.model) if self.extended else None
+        return (
+            grpo_trainer.create_model_from_path(*args, **kwargs) if reference is None else reference
+        )
+
+    # Sampling and rewards -------------------------------------------------------------------------
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with self._phase("generation"):
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.extended:
+            return cast(Tensor, super()._calculate_rewards(*args, **kwargs))
+        with self._phase("rewards"), self._checked_rewards():
+            rewards_BR: Tensor = super()._calculate_rewards(*args, **kwargs)
+        self._rewards_per_func = rewards_BR = self._without_infinities(rewards_BR)
+        return rewards_BR
+
+    @contextmanager
+    def _checked_rewards(self) -> Iterator[None]:
+        given = self.reward_funcs
+        self.reward_funcs = [
+            func if isinstance(func, nn.Module) else self.checked_reward(cast(Any, func), name)
+            for func, name in zip(given, self.reward_func_names, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            self.reward_funcs = given
+
+    def _without_infinities(self, rewards_BR: Tensor) -> Tensor:
+        """Leave completions unscored whose reward overflowed in a reward model, and count them."""
+        infinite_BR = rewards_BR.isinf()
+        for name, count in zip(
+            self.reward_func_names, infinite_BR.sum(dim=0).tolist(), strict=True
+        ):
+            if count:
+                self._metrics[self._mode][f"rewards/{name}/non_finite"].append(float(count))
+        return rewards_BR.masked_fill(infinite_BR, torch.nan)
+
+    # Advantages -----------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        rewards_BR, self._rewards_per_func = self._rewards_per_func, None
+        if not self.extended or rewards_BR is None:
+            return output
+        group_size = self.num_generations if self._mode == "train" else self.num_generations_eval
+        result = self.compute_advantages(rewards_BR, cast(int, group_size))
+        if result is not None:
+            self._replace_advantages(output, *result)
+        return output
+
+    def _replace_advantages(
+        self, output: dict[str, Any], advantages_B: Tensor, silent_P: Tensor
+    ) -> None:
+        num_local = len(output["advantages"])
+        start = self.accelerator.process_index * num_local
+        output["advantages"] = advantages_B[start : start + num_local].to(output["advantages"])
+        logged = self._logs["advantages"]
+        for _ in range(min(len(logged), len(advantages_B))):
+            logged.pop()
+        logged.extend(advantages_B.tolist())
+        self._metrics[self._mode]["frac_reward_zero_std"][-1] = silent_P.float().mean().item()
+
+    # Log-probabilities and loss -------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        else:
+            with self._phase("logprobs"):
+                result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._keep_policy_logprobs:
+            self._policy_logprobs = result[0]
+        return result
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if not (self.extended and self.replaces_kl and self.beta != 0.0):
+            return cast(Tensor, super()._compute_loss(model, inputs))
+        # TRL adds `beta * kl` to the per-token loss before reducing it. The reduction is linear, so
+        # TRL computes the loss without its KL, from the same forward pass, and ours is added.
+        with self._without_trl_kl():
+            loss: Tensor = super()._compute_loss(model, inputs)
+        kl_inputs = self._kl_inputs(inputs)
+        penalty, kl_BT = self.compute_kl(kl_inputs)
+        self._metrics[self._mode]["kl"].append(self._global_mean(kl_BT.detach(), kl_inputs.mask_BT))
+        return loss + penalty
+
+    @contextmanager
+    def _without_trl_kl(self) -> Iterator[None]:
+        beta, self.beta, self._keep_policy_logprobs = self.beta, 0.0, True
+        try:
+            yield
+        finally:
+            self.beta, self._keep_policy_logprobs = beta, False
+
+    def _kl_inputs(self, inputs: dict[str, Any]) -> KLInputs:
+        logprobs_BT, self._policy_logprobs = self._policy_logprobs, None
+        assert logprobs_BT is not None
+        training = self._mode == "train"
+        old_BT = inputs.get("old_per_token_logps")
+        mask_BT = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        num_tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if training:
+            num_tokens = (
+                num_tokens
+                * self.current_gradient_accumulation_steps
+                / self.args.steps_per_generation
+            )
+        return KLInputs(
+            logprobs_BT=logprobs_BT,
+            old_logprobs_BT=logprobs_BT.detach() if old_BT is None else old_BT,
+            ref_logprobs_BT=inputs["ref_per_token_logps"],
+            mask_BT=mask_BT,
+            importance_level=cast(ImportanceLevel, self.importance_sampling_level),
+            reduction=_REDUCTIONS.get(self.loss_type, cast(LossReduction, self.loss_type)),
+            num_tokens=num_tokens,
+            accumulation_steps=self.current_gradient_accumulation_steps if training else 1,
+        )
+
+    def _global_mean(self, values_BT: Tensor, mask_BT: Tensor) -> float:
+        """Mean over the tokens of all processes; every process must call it."""
+        local = torch.stack([(values_BT * mask_BT).sum(), mask_BT.sum().to(values_BT)])
+        total, count = self.accelerator.reduce(local, reduction="sum")
+        return float(total / count.clamp(min=1.0))
+
+    # Time a phase ---------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run TRL's step; at the end of an optimizer step, log the seconds that each phase took."""
+        before, start = sum(self._phase_seconds.values()), time.perf_counter()
+        loss: Tensor = super().training_step(*args, **kwargs)
+        elsewhere = sum(self._phase_seconds.values()) - before
+        self._phase_seconds["update"] += time.perf_counter() - start - elsewhere
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            for phase, seconds in self._phase_seconds.items():
+                if self.extended:
+                    self._metrics["train"][f"time/{phase}"].append(seconds)
+            self._phase_seconds.clear()
+        return loss
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Count the seconds spent inside towards phase ``name`` of the current optimizer step."""
+        start = time.perf_counter()
+        yield
+        if self._mode == "train":
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self._phase_seconds[name] += time.perf_counter() - start
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+
+@contextmanager
+def _reference_from(trainer: SeamedGRPOTrainer) -> Iterator[None]:
+    """While TRL constructs ``trainer``, let the trainer provide the reference model.
+
+    TRL calls ``create_model_from_path`` for the policy before ``Trainer.__init__`` sets
+    ``self.model``, and for the reference after it: that tells the two apart.
+    """
+    load = grpo_trainer.create_model_from_path
+
+    @functools.wraps(load)
+    def load_policy_or_reference(*args: Any, **kwargs: Any) -> Any:
+        if "model" not in vars(trainer):
+            return load(*args, **kwargs)
+        grpo_trainer.create_model_from_path = load
+        return trainer.load_reference(*args, **kwargs)
+
+    grpo_trainer.create_model_from_path = load_policy_or_reference
+    try:
+        yield
+    finally:
+        grpo_trainer.create_model_from_path = load

@@ -1,0 +1,151 @@
+"""The command line: ``trl-grpo-ext env`` and ``trl-grpo-ext recipes``."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from trl_grpo_ext import __version__
+
+if TYPE_CHECKING:
+    from trl_grpo_ext.environment import Environment
+
+RECIPE_PATTERNS = ("*.py", "configs/*.yaml", "accelerate/*.yaml")
+
+app = typer.Typer(
+    name="trl-grpo-ext",
+    help="GRPO for TRL, extended.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+recipes_app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    *, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
+) -> None:
+    """GRPO for TRL, extended."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def env(*, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions, devices, and what is usable here and why not.
+
+    The exit code is 1 where the trainer does not work with the installed TRL.
+    """
+    from trl_grpo_ext.environment import inspect_environment
+
+    environment = inspect_environment()
+    if as_json:
+        typer.echo(json.dumps(asdict(environment), indent=2))
+    else:
+        _print_environment(environment, Console())
+    raise typer.Exit(0 if environment.trainer_usable else 1)
+
+
+def _print_environment(environment: Environment, console: Console) -> None:
+    versions = _table("Versions", "package", "version")
+    for package, found in environment.versions.items():
+        versions.add_row(package, found or "[dim]not installed[/dim]")
+    devices = _table("Devices", "device", "what", "bf16")
+    for device in environment.devices:
+        devices.add_row(device.name, device.description, _BF16[device.bf16])
+    features = _table("Usable here", "feature", "", "why")
+    for feature in environment.features:
+        mark = "[green]yes[/green]" if feature.usable else "[red]no[/red]"
+        features.add_row(feature.name, mark, feature.detail.replace("[", r"\["))
+    console.print(versions, devices, features)
+
+
+_BF16 = {True: "yes", False: "no", None: "unknown"}
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+@recipes_app.command("list")
+def list_recipes() -> None:
+    """List the recipes and the configurations that come with them."""
+    folder = recipes_folder()
+    table = _table("Recipes", "file", "what it does")
+    for path in recipe_files(folder):
+        table.add_row(path.as_posix(), _summary(folder / path).replace("[", r"\["))
+    Console().print(table)
+
+
+@recipes_app.command("copy")
+def copy_recipes(
+    target: Annotated[
+        Path, typer.Argument(metavar="DIR", file_okay=False, help="Folder to copy them into.")
+    ],
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files in DIR.")] = False,
+) -> None:
+    """Copy the recipes and their configurations into a folder, to run and to change."""
+    folder = recipes_folder()
+    files = recipe_files(folder)
+    if not force and (present := [path for path in files if (target / path).exists()]):
+        names = ", ".join(path.as_posix() for path in present)
+        raise _failure(
+            f"{target} already has {names}, which copying would overwrite with the recipes of "
+            f"trl-grpo-ext {__version__}. Choose another folder, or overwrite with --force."
+        )
+    for path in files:
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / path, target / path)
+    typer.echo(f"Copied {len(files)} files to {target}. To start the quickstart:\n")
+    typer.echo(
+        f"  accelerate launch {target / 'grpo.py'} --config {target / 'configs/quickstart.yaml'}"
+    )
+
+
+def recipes_folder() -> Path:
+    """Return where the recipes are: inside an installed package, or at the top of a checkout."""
+    package = Path(__file__).parent
+    for folder in (package / "_recipes", package.parent / "recipes"):
+        if (folder / "configs").is_dir():
+            return folder
+    raise _failure(
+        f"no recipes beside {package}, so this installation is incomplete. "
+        "Install again with pip install --force-reinstall --no-deps trl-grpo-ext."
+    )
+
+
+def recipe_files(folder: Path) -> list[Path]:
+    """Return the recipes, then their configurations, relative to the folder that holds them."""
+    return [
+        path.relative_to(folder)
+        for pattern in RECIPE_PATTERNS
+        for path in sorted(folder.glob(pattern))
+    ]
+
+
+def _summary(path: Path) -> str:
+    """First line of a recipe's docstring, or of the comment that opens a YAML file."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    first = text.partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def _failure(message: str) -> typer.Exit:
+    typer.echo(f"error: {message}", err=True)
+    return typer.Exit(1)

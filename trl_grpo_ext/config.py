@@ -1,0 +1,241 @@
+"""The configuration: every option of ``trl.GRPOConfig`` and ours, checked before a model loads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
+
+from trl.trainer.grpo_config import GRPOConfig
+
+from trl_grpo_ext.advantages import STD_EPS, AdvantageBaseline, RewardAggregation, RewardScale
+from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.losses import ImportanceLevel, KLEstimator, kl_gradient_problem
+
+ReferenceKind = Literal["auto", "resident", "quantized"]
+Quantization = Literal["nf4", "fp4"]
+
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass
+class ExtensionOptions:
+    """What this package adds to ``trl.GRPOConfig``. With the defaults, training equals plain TRL.
+
+    Options of the reference are ``None`` until set, so that one set in vain (``beta`` 0, another
+    kind) is noticed.
+    """
+
+    extensions: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether anything of trl_grpo_ext is used; false runs TRL's code untouched."
+        },
+    )
+    advantage_baseline: AdvantageBaseline = field(
+        default="mean",
+        metadata={
+            "help": "What a completion is compared with: 'mean' of its group, or 'leave_one_out'."
+        },
+    )
+    advantage_eps: float = field(
+        default=STD_EPS,
+        metadata={
+            "help": "Added to the deviation that advantages are divided by, "
+            "in reward units; TRL's is 1e-4."
+        },
+    )
+    kl_estimator: KLEstimator = field(
+        default="k3",
+        metadata={
+            "help": "Estimator of the KL to the reference: 'k1', 'k2' or 'k3' (TRL's). k1 needs "
+            "use_bias_correction_kl=true, k2 needs false."
+        },
+    )
+    kl_clamp: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest |log pi_ref - log pi| that the KL counts, "
+            "in nats (10 to 20); none if not set."
+        },
+    )
+    reference: ReferenceKind = field(
+        default="auto",
+        metadata={
+            "help": "The frozen reference: 'auto' (TRL's: the adapter switched off under PEFT, "
+            "else a full copy loaded from disk), 'resident' (a full copy of the live policy), "
+            "'quantized' (4 bits, from the live policy)."
+        },
+    )
+    reference_quantization: Quantization | None = field(
+        default=None,
+        metadata={"help": "Data type of the quantized reference: 'nf4' (default) or 'fp4'."},
+    )
+    reference_block_size: int | None = field(
+        default=None,
+        metadata={"help": "Weights that share a scale in the quantized reference; 64 by default."},
+    )
+    reference_double_quantization: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the scales are quantized too "
+            "(0.4 bits a weight less); true by default."
+        },
+    )
+    reference_keep_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Last part of the names of linear layers that the quantized reference keeps in "
+            "full precision, such as 'down_proj'. Embeddings and the LM head always are."
+        },
+    )
+
+    @classmethod
+    def of(cls, config: GRPOConfig) -> ExtensionOptions:
+        """Return our options of a configuration; the defaults for a plain ``trl.GRPOConfig``."""
+        return cls(
+            **{f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)}
+        )
+
+
+@dataclass
+class ExtGRPOConfig(ExtensionOptions, GRPOConfig):
+    """``trl.GRPOConfig`` with the options of :class:`ExtensionOptions`.
+
+    Raises:
+        ConfigurationError: settings that cannot work, all at once.
+
+    Example:
+        >>> config = ExtGRPOConfig(
+        ...     output_dir="out", use_cpu=True, bf16=False, kl_clamp=10.0, report_to=[]
+        ... )
+        >>> config.kl_estimator, config.kl_clamp
+        ('k3', 10.0)
+    """
+
+    def __post_init__(self) -> None:
+        problems = list(configuration_problems(self))
+        group_problem = _group_problem(self)
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if group_problem is None:
+                problems.append(str(error))
+        if group_problem is not None:
+            problems.append(group_problem)
+        if problems:
+            raise ConfigurationError(problems)
+
+
+def configuration_problems(config: GRPOConfig) -> Iterator[str]:
+    """Yield what cannot work in our options, and in TRL's where it would say so after loading."""
+    options = ExtensionOptions.of(config)
+    yield from _unknown_values(config, options)
+    if not options.advantage_eps >= 0:
+        yield (
+            f"`advantage_eps` is {options.advantage_eps}; "
+            "it is added to a deviation: use 0 or more (TRL's is 1e-4)."
+        )
+    if options.kl_clamp is not None and not options.kl_clamp > 0:
+        yield (
+            f"`kl_clamp` is {options.kl_clamp}; "
+            "use a positive number of nats (10 to 20), or leave it out."
+        )
+    if problem := kl_gradient_problem(
+        options.kl_estimator, bias_correction=config.use_bias_correction_kl
+    ):
+        yield problem
+    yield from _reference_problems(config, options)
+
+
+def _unknown_values(config: GRPOConfig, options: ExtensionOptions) -> Iterator[str]:
+    # TRL still takes the booleans of its older versions.
+    booleans: dict[object, str] = {True: "group", False: "none"}
+    scale = booleans.get(config.scale_rewards, config.scale_rewards)
+    for name, value, known in (
+        ("advantage_baseline", options.advantage_baseline, get_args(AdvantageBaseline)),
+        ("kl_estimator", options.kl_estimator, get_args(KLEstimator)),
+        ("reference", options.reference, get_args(ReferenceKind)),
+        ("reference_quantization", options.reference_quantization or "nf4", get_args(Quantization)),
+        ("reference_block_size", options.reference_block_size or 64, BLOCK_SIZES),
+        ("scale_rewards", scale, get_args(RewardScale)),
+        (
+            "multi_objective_aggregation",
+            config.multi_objective_aggregation,
+            get_args(RewardAggregation),
+        ),
+        ("importance_sampling_level", config.importance_sampling_level, get_args(ImportanceLevel)),
+        ("loss_type", config.loss_type, LOSS_TYPES),
+    ):
+        if value not in known:
+            yield (
+                f"`{name}` is {value!r}, which is not known. "
+                f"Use one of: {', '.join(map(str, known))}."
+            )
+
+
+def _reference_problems(config: GRPOConfig, options: ExtensionOptions) -> Iterator[str]:
+    given = [
+        f.name
+        for f in fields(options)
+        if f.name.startswith("reference_") and getattr(options, f.name) is not None
+    ]  # fmt: skip
+    given_kind = ["reference"] if options.reference != "auto" else []
+    if config.beta == 0.0 and given_kind + given:
+        yield (
+            f"`beta` is 0, so no reference is used, but {_named(given_kind + given)} set. "
+            "Set `beta` above 0 (0.01 to 0.05 is usual), or remove the reference options."
+        )
+    if options.reference != "quantized" and given:
+        yield (
+            f"{_named(given)} set, but `reference` is {options.reference!r}. "
+            "Set `reference: quantized`, or remove the options."
+        )
+    if options.reference == "quantized" and config.sync_ref_model:
+        yield (
+            "`sync_ref_model` is true, but a quantized reference is frozen: 4-bit weights cannot "
+            "be moved towards the policy. Set `sync_ref_model: false`, or `reference: resident`."
+        )
+    if not options.extensions and given_kind + given:
+        yield (
+            f"`extensions` is false, but {_named(given_kind + given)} set. "
+            "Remove the options, or set it to true."
+        )
+
+
+def _group_problem(config: GRPOConfig) -> str | None:
+    """TRL's check of the group size with what to do about it; ``None`` if TRL itself must judge."""
+    group_size, processes = config.num_generations, int(os.environ.get("WORLD_SIZE", "1"))
+    if not isinstance(group_size, int) or group_size < 2:
+        return (
+            f"`num_generations` is {group_size}; "
+            "a group needs at least 2 completions to be compared. 8 is usual."
+        )
+    per_step = config.per_device_train_batch_size * processes
+    if config.generation_batch_size is not None:
+        batch, made_of = config.generation_batch_size, "`generation_batch_size`"
+    else:
+        steps = config.steps_per_generation or config.gradient_accumulation_steps
+        name = (
+            "steps_per_generation" if config.steps_per_generation else "gradient_accumulation_steps"
+        )
+        batch = per_step * steps
+        made_of = (
+            f"`per_device_train_batch_size`={config.per_device_train_batch_size} x "
+            f"{processes} processes x `{name}`={steps}"
+        )
+    if batch % group_size == 0:
+        return None
+    divisors = [str(size) for size in range(2, min(batch, 64) + 1) if batch % size == 0]
+    return (
+        f"`num_generations`={group_size} does not divide "
+        f"the generation batch of {batch} completions ({made_of}), so a group would be split. "
+        f"Use {', '.join(divisors) or 'a larger batch'}, or change the batch size."
+    )
+
+
+def _named(names: list[str]) -> str:
+    listed = ", ".join(f"`{name}`" for name in names)
+    return f"{listed} {'is' if len(names) == 1 else 'are'}"

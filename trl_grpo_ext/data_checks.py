@@ -1,0 +1,208 @@
+"""What can be wrong with a task: its settings, its columns and the values in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from datasets import Dataset
+
+from trl_grpo_ext.rewards.registry import build_rewards, log_name, required_columns
+
+if TYPE_CHECKING:
+    from trl_grpo_ext.data import TaskArguments
+
+
+def setting_problems(arguments: TaskArguments) -> list[str]:
+    """Return what is wrong with the arguments whatever the data holds."""
+    problems = []
+    if isinstance(arguments.dataset_arguments, str):
+        problems.append(_no_mapping(arguments.dataset_arguments))
+    if "{prompt}" not in arguments.prompt_template:
+        problems.append(_no_placeholder(arguments.prompt_template))
+    if arguments.num_train_prompts is not None and arguments.num_train_prompts < 1:
+        problems.append(_bad_count("num_train_prompts", arguments.num_train_prompts, least=1))
+    if arguments.num_eval_prompts < 0:
+        problems.append(_bad_count("num_eval_prompts", arguments.num_eval_prompts, least=0))
+    return problems + _pattern_problems(arguments) + _keep_problems(arguments)
+
+
+def _keep_problems(arguments: TaskArguments) -> list[str]:
+    if arguments.keep_answers is None:
+        return []
+    if arguments.answer_column is None:
+        return [
+            f"`keep_answers` is {arguments.keep_answers!r}, but `answer_column` is null, so there "
+            "are no answers to choose by. Set `answer_column`, or remove `keep_answers`."
+        ]
+    try:
+        re.compile(arguments.keep_answers)
+    except re.error as error:
+        return [
+            f"`keep_answers` is {arguments.keep_answers!r}, which is not a regular expression "
+            f"({error}), so no row can be chosen. Correct it, or remove it to keep every row."
+        ]
+    return []
+
+
+def _pattern_problems(arguments: TaskArguments) -> list[str]:
+    pattern = arguments.answer_pattern
+    if pattern is None:
+        return []
+    if arguments.answer_column is None:
+        return [_pattern_without_column(pattern)]
+    try:
+        num_groups = re.compile(pattern).groups
+    except re.error as error:
+        return [_bad_pattern(pattern, f"is not a regular expression ({error})")]
+    return [] if num_groups else [_bad_pattern(pattern, "has no group in parentheses")]
+
+
+def source_problems(source: Dataset, arguments: TaskArguments) -> list[str]:
+    """Return what is wrong with the columns of a source and the values in them."""
+    wanted = {"prompt_column": arguments.prompt_column, "answer_column": arguments.answer_column}
+    missing = {k: v for k, v in wanted.items() if v and v not in source.column_names}
+    if missing:
+        return [_no_column(key, name, source.column_names) for key, name in missing.items()]
+    return _prompt_problems(source, arguments) + _answer_problems(source, arguments)
+
+
+def _prompt_problems(source: Dataset, arguments: TaskArguments) -> list[str]:
+    prompts = list(source[arguments.prompt_column])
+    bad = [index for index, prompt in enumerate(prompts) if not _is_prompt(prompt)]
+    if bad:
+        return [_no_prompts(arguments.prompt_column, bad, len(prompts))]
+    if arguments.prompt_template != "{prompt}" and not all(isinstance(p, str) for p in prompts):
+        return [_template_for_messages(arguments)]
+    return []
+
+
+def _is_prompt(prompt: object) -> bool:
+    """Return whether the value is a text with something in it, or a conversation."""
+    if isinstance(prompt, str):
+        return bool(prompt.strip())
+    return isinstance(prompt, list) and bool(prompt) and all(map(_is_message, prompt))
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, Mapping) and isinstance(message.get("role"), str)
+
+
+def _answer_problems(source: Dataset, arguments: TaskArguments) -> list[str]:
+    """Return whether the pattern, if it is one, leaves answers out."""
+    if arguments.answer_pattern is None or _pattern_problems(arguments):
+        return []
+    answers = [answer_text(value) for value in source[arguments.answer_column]]
+    bad = [i for i, answer in enumerate(answers) if not re.search(arguments.answer_pattern, answer)]
+    return [_unmatched(arguments.answer_pattern, bad, len(answers))] if bad else []
+
+
+def answer_text(value: object) -> str:
+    """Return the text in a value of the answer column: empty where there is none."""
+    return "" if value is None else str(value)
+
+
+def count_problems(arguments: TaskArguments, num_train: int, num_held_out: int) -> list[str]:
+    """Return whether fewer distinct prompts are there than were asked for."""
+    wanted_train, wanted_eval = arguments.num_train_prompts or 1, arguments.num_eval_prompts
+    if arguments.eval_dataset_split is not None:
+        wanted_eval = max(wanted_eval, 1)
+    if num_train >= wanted_train and num_held_out >= wanted_eval:
+        return []
+    return [_too_few(arguments, num_train, num_held_out)]
+
+
+def reward_column_problems(arguments: TaskArguments, columns: Sequence[str]) -> list[str]:
+    """Return which rewards, all of which can be built, need a column that the task lacks."""
+    functions, _ = build_rewards(arguments.rewards)
+    return [
+        _no_reward_column(log_name(reward), missing, columns)
+        for reward in functions
+        if (missing := sorted(required_columns(reward) - set(columns)))
+    ]
+
+
+def _no_mapping(options: str) -> str:
+    return (
+        f"`dataset_arguments`={options!r} is not a mapping, so it cannot be passed on. Write names "
+        "and values in the YAML, or JSON such as '{\"size\": 500}' on the command line."
+    )
+
+
+def _no_placeholder(template: str) -> str:
+    return (
+        f"`prompt_template`={template!r} does not hold {{prompt}}, so the model would never see "
+        "the question. Add {prompt} where the question belongs."
+    )
+
+
+def _template_for_messages(arguments: TaskArguments) -> str:
+    return (
+        f"`prompt_template`={arguments.prompt_template!r} is set, but the column "
+        f"'{arguments.prompt_column}' holds conversations, which are kept as they are. Leave "
+        "`prompt_template` out, or set `prompt_column` to a column of texts."
+    )
+
+
+def _bad_count(key: str, count: int, *, least: int) -> str:
+    return (
+        f"`{key}`={count} is below {least}, so the data cannot be split. Set `{key}` to "
+        f"{least} or more."
+    )
+
+
+def _bad_pattern(pattern: str, fault: str) -> str:
+    return (
+        f"`answer_pattern`={pattern!r} {fault}, so no gold answer can be extracted. Correct it, "
+        "such as '#### (.+)', or leave it out to take the whole answer column."
+    )
+
+
+def _pattern_without_column(pattern: str) -> str:
+    return (
+        f"`answer_pattern`={pattern!r} is set but `answer_column` is null, so there is nothing to "
+        "extract from. Set `answer_column`, or leave `answer_pattern` out."
+    )
+
+
+def _unmatched(pattern: str, bad: Sequence[int], total: int) -> str:
+    return (
+        f"`answer_pattern`={pattern!r} is not found in {len(bad)} of {total} answers (the first "
+        f"in row {bad[0]}), so these have no gold answer. Correct `answer_pattern`, or remove the "
+        "rows."
+    )
+
+
+def _no_column(key: str, name: str, columns: Sequence[str]) -> str:
+    return (
+        f"`{key}`={name!r} is not a column of the dataset, so its rows cannot be used. Set "
+        f"`{key}` to one of: {', '.join(columns)}."
+    )
+
+
+def _no_prompts(column: str, bad: Sequence[int], total: int) -> str:
+    return (
+        f"the column '{column}' holds neither a text nor messages with a role in {len(bad)} of "
+        f"{total} rows (the first is row {bad[0]}), so there is nothing to ask. Remove these rows, "
+        "or set `prompt_column` to another column."
+    )
+
+
+def _too_few(arguments: TaskArguments, num_train: int, num_held_out: int) -> str:
+    wanted = "all" if arguments.num_train_prompts is None else str(arguments.num_train_prompts)
+    return (
+        f"`dataset`={arguments.dataset!r} leaves {num_train} distinct prompts to train on "
+        f"(`num_train_prompts`: {wanted}) and {num_held_out} to hold out (`num_eval_prompts`: "
+        f"{arguments.num_eval_prompts}); prompts with the same text count once, and none may be in "
+        "both sets. Lower one of the two, or draw or add more rows (`size` in "
+        "`dataset_arguments` for a reasoning-gym task)."
+    )
+
+
+def _no_reward_column(reward: str, missing: Sequence[str], columns: Sequence[str]) -> str:
+    return (
+        f"reward '{reward}' needs the columns {', '.join(missing)}, which the task does not have "
+        f"(it has {', '.join(columns)}; the `answer_column` is renamed to answer), so it cannot "
+        "be called. Add the columns to the dataset, or correct the reward's `arguments`."
+    )
