@@ -6,7 +6,7 @@ from a real run in what it leaves out: learning-rate schedule, micro-batches, ch
 devices. ``ExtGRPOTrainer`` has those.
 
     python examples/training_loop.py  # a tiny random model: some 10 seconds, no download
-    python examples/training_loop.py --learning-rate 1e-5 --model HuggingFaceTB/SmolLM2-135M-Instruct
+    python examples/training_loop.py --model HuggingFaceTB/SmolLM2-135M --learning-rate 1e-5
 
 Expected: the share of digits in what the tiny model writes rises from 0.2 to above 0.9.
 """

@@ -1,7 +1,7 @@
-"""GRPO (stage 2 of the reasoning recipe): reinforcement learning from rewards, with a reference that holds it back.
+"""GRPO: reinforcement learning from rewards, with a frozen reference that holds the policy back.
 
-What it shows: a task and its rewards chosen in YAML, accuracy on held-out prompts before and after, a report.
-How it departs from the DeepSeek-R1 paper: any model and task; the KL is k3 times the importance ratio, as in TRL.
+What it shows: task and rewards chosen in YAML, accuracy on held-out prompts before and after.
+How it departs from the DeepSeek-R1 paper: any model and task; k3 times the ratio, as in TRL.
 
 Hardware, minutes, expected result: in the header of each YAML in recipes/configs/.
 
@@ -9,7 +9,8 @@ Hardware, minutes, expected result: in the header of each YAML in recipes/config
     accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/grpo.py \
         --config recipes/configs/grpo_qwen2.5-1.5b_gsm8k.yaml
 
-Every option of the YAML can be given on the command line too. ``--dry_run`` checks all of it and loads no model.
+Every option of the YAML can be given on the command line too. ``--dry_run`` checks all of it and
+loads no model.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from trl_grpo_ext.recipe import (
     InterruptCallback,
     Recipe,
     check_recipe,
+    checked_checkpoint,
     compare_replies,
     how_to_resume,
     read_recipe,
@@ -56,18 +58,19 @@ def main() -> int:
 
 def run(recipe: Recipe, start: float) -> int:
     """Measure, train, measure, and write everything to the output folder."""
+    checkpoint = checked_checkpoint(recipe.training)
     task = load_task(recipe.task)
     interrupt = InterruptCallback()
     trainer = build_trainer(recipe, task, interrupt)
     before = measure(trainer, recipe, task)
-    say(trainer, f"Accuracy before: {before}")
-    trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+    trainer.accelerator.print(f"Accuracy before: {before}")
+    trainer.train(resume_from_checkpoint=checkpoint)
     output_dir = Path(recipe.training.output_dir)
     if interrupt.interrupted:
-        say(trainer, how_to_resume(output_dir))
+        trainer.accelerator.print(how_to_resume(output_dir))
         return EXIT_INTERRUPTED
     after = measure(trainer, recipe, task)
-    say(trainer, f"Accuracy after: {after}")
+    trainer.accelerator.print(f"Accuracy after: {after}")
     trainer.save_model(str(output_dir))
     if trainer.accelerator.is_main_process:
         report = write_report(
@@ -124,6 +127,7 @@ def measure(trainer: ExtGRPOTrainer, recipe: Recipe, task: Task) -> Accuracy:
         task.held_out,
         is_correct=trainer.reward_funcs[0],
         max_new_tokens=recipe.training.max_completion_length,
+        batch_size=64,
         num_samples=recipe.run.eval_samples,
         temperature=recipe.training.temperature,
         accelerator=trainer.accelerator,
@@ -143,11 +147,6 @@ def summary(
         "seed": trainer.args.seed,
         "versions": library_versions(),
     }
-
-
-def say(trainer: ExtGRPOTrainer, text: str) -> None:
-    """Print once a run, not once a process."""
-    trainer.accelerator.print(text)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import logging
 import statistics
 import string
-import textwrap
 from typing import Any
 
 import pytest
-from examples.training_loop import digit_share, main, train
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from examples.training_loop import digit_share, main, train
 
 PROMPTS = ["1+1=", "x", "What?", "3*7="]
 
@@ -50,12 +49,10 @@ def test_training_loop_gives_the_same_rewards_for_the_same_seed(
 
 
 def test_training_loop_takes_at_most_45_lines() -> None:
-    function = ast.parse(textwrap.dedent(inspect.getsource(train))).body[0]
-    assert isinstance(function, ast.FunctionDef)
-    lines = ast.unparse(function.body[0]).splitlines()  # the docstring
-    source = [line.strip() for line in inspect.getsource(train).splitlines()]
-    code = [line for line in source if line and not line.startswith("#")]
-    assert len(code) - len(lines) <= 45
+    lines = [line.strip() for line in inspect.getsource(train).splitlines()]
+    code = [line for line in lines if line and not line.startswith(("#", '"""'))]
+    assert code[0] == "def train("
+    assert len(code) <= 45
 
 
 def test_training_loop_runs_as_a_script(caplog: pytest.LogCaptureFixture) -> None:

@@ -314,7 +314,7 @@ def test_write_report_cuts_a_very_long_completion_and_says_so(tmp_path: Path) ->
     examples = [Example("p", "a", "x" * (MAX_EXAMPLE_CHARS + 7), "y" * MAX_EXAMPLE_CHARS)]
     text = report_text(tmp_path, examples=examples)
     assert "(7 more characters)" in text
-    assert "x" * MAX_EXAMPLE_CHARS + "\n" in text
+    assert f"\n{'x' * MAX_EXAMPLE_CHARS}\n" in text
     assert text.count("more characters") == 1
 
 

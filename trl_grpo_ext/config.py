@@ -120,7 +120,7 @@ class ExtGRPOConfig(ExtensionOptions, GRPOConfig):
         group_problem = _group_problem(self)
         try:
             super().__post_init__()
-        except ValueError as error:
+        except (ValueError, ZeroDivisionError) as error:
             if group_problem is None:
                 problems.append(str(error))
         if group_problem is not None:

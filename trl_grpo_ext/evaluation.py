@@ -39,7 +39,7 @@ class Accuracy:
     """How many of a dataset's prompts were answered correctly.
 
     Attributes:
-        accuracy: Share of the scored completions whose score is at least 0.5; NaN if none was scored.
+        accuracy: Share of the scored completions with at least 0.5; NaN if none was scored.
         num_prompts: Prompts of the dataset.
         num_scored: Completions that got a score.
         completions: The texts, prompt after prompt in the dataset's order.
@@ -54,9 +54,8 @@ class Accuracy:
 
     def __str__(self) -> str:
         """Return one line for a terminal."""
-        return (
-            f"{self.accuracy:.3f} ({self.num_scored} replies to {self.num_prompts} held-out prompts)"
-        )
+        replies = f"{self.num_scored} replies to {self.num_prompts} held-out prompts"
+        return f"{self.accuracy:.3f} ({replies})"
 
 
 def evaluate_accuracy(

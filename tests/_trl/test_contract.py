@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import subprocess
@@ -114,8 +115,6 @@ def test_everything_a_method_lost_is_on_one_line(monkeypatch: pytest.MonkeyPatch
 def test_a_member_counts_if_an_inner_function_or_a_decorated_one_uses_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import functools
-
     def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any) -> Any:
         return (lambda: self._step)()
 
@@ -124,6 +123,19 @@ def test_a_member_counts_if_an_inner_function_or_a_decorated_one_uses_it(
         return training_step(*args, **kwargs)
 
     monkeypatch.setattr(GRPOTrainer, "training_step", decorated)
+    assert contract_problems() == []
+
+
+def test_a_key_counts_if_an_inner_function_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def _compute_loss(self: Any, model: Any, inputs: Any) -> Any:
+        self.use_bias_correction_kl = self.importance_sampling_level = self.beta
+        return lambda: (
+            self.current_gradient_accumulation_steps,
+            [inputs["ref_per_token_logps"], inputs["old_per_token_logps"]],
+            [inputs["completion_mask"], inputs["num_items_in_batch"], inputs["kl"]],
+        )
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", _compute_loss)
     assert contract_problems() == []
 
 
@@ -158,7 +170,7 @@ def test_an_untested_trl_is_let_through_with_one_warning(
 ) -> None:
     install_trl_as("1.16.9", tmp_path, monkeypatch)
     assert not is_tested_version()
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="not tested") as caught:
         check_contract()
     [warning] = caught
     assert str(warning.message) == (

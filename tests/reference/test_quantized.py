@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trl_grpo_ext.config import BLOCK_SIZES
 from trl_grpo_ext.reference import QuantizedLinear
 from trl_grpo_ext.reference.quantized import QuantizationType
 
@@ -27,7 +28,8 @@ NF4 = [
 FP4 = [sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 2, 3, 4, 6, 8, 12)]
 CODES: dict[QuantizationType, list[float]] = {"nf4": NF4, "fp4": FP4}
 
-SHAPES = [(8, 64), (32, 40), (7, 5), (3, 1), (1, 3), (65, 33)]
+# Rows of whole blocks, rows that end inside a block, fewer weights than a block, odd numbers.
+SHAPES = [(8, 256), (8, 64), (16, 96), (32, 40), (7, 5), (2, 1), (1, 3), (65, 33)]
 
 
 def random_weight(*shape: int, seed: int = 0) -> Tensor:
@@ -47,19 +49,21 @@ def slowly_quantized(weight: Tensor, code: list[float], block_size: int) -> Tens
 
 
 def by_bitsandbytes(weight: Tensor, **settings: Any) -> Tensor:
-    return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, **settings))
+    # In one row: see `QuantizedLinear._aligned_shape`.
+    return bnb.dequantize_4bit(*bnb.quantize_4bit(weight.flatten(), **settings)).view_as(weight)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_dequantized_weight_is_the_nearest_code_of_each_block(
     shape: tuple[int, int], block_size: int
 ) -> None:
     weight = random_weight(*shape)
     layer = QuantizedLinear(weight, block_size=block_size, double_quantization=False)
-    torch.testing.assert_close(
-        layer.dequantized_weight(torch.float32), slowly_quantized(weight, NF4, block_size)
-    )
+    expected = slowly_quantized(weight, NF4, block_size)
+    torch.testing.assert_close(layer.dequantized_weight(torch.float32), expected)
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.testing.assert_close(layer.dequantized_weight(dtype), expected.to(dtype))
 
 
 def test_dequantized_weight_takes_its_values_from_the_code_that_was_asked_for() -> None:
@@ -132,7 +136,7 @@ def test_dequantized_weight_is_never_off_by_more_than_half_the_widest_gap(
     weight = random_weight(out_features, in_features, seed=seed)
     layer = QuantizedLinear(weight, double_quantization=double_quantization)
     error = (layer.dequantized_weight(torch.float32) - weight).abs().max()
-    # The widest gap of NF4 is from -1 to -0.696; the second rounding moves a scale by a few percent.
+    # NF4 is widest from -1 to -0.696; the second rounding moves a scale by a few percent.
     assert error <= weight.abs().max() * ((1 - 0.6961) / 2 + 0.05 * double_quantization)
 
 
@@ -170,6 +174,19 @@ def test_forward_under_autocast_equals_that_of_an_ordinary_layer() -> None:
         outputs, expected = layer(inputs), ordinary(inputs)
     assert outputs.dtype == torch.bfloat16
     assert torch.equal(outputs, expected)
+
+
+def test_forward_under_autocast_never_makes_a_weight_in_full_precision() -> None:
+    asked: list[torch.dtype] = []
+
+    class Recording(QuantizedLinear):
+        def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
+            asked.append(dtype)
+            return super().dequantized_weight(dtype)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        Recording(random_weight(8, 64))(random_weight(2, 64))
+    assert asked == [torch.bfloat16]
 
 
 def test_the_bias_is_a_copy() -> None:

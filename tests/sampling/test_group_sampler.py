@@ -13,7 +13,14 @@ from tiny import BOS, build_tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from trl_grpo_ext.sampling import group_sample, token_logprobs
 
@@ -51,7 +58,7 @@ def small_model() -> LlamaForCausalLM:
         return LlamaForCausalLM(config).float().eval()
 
 
-def next_token_logits(model: LlamaForCausalLM, prompt: list[int], completion: list[int]) -> Tensor:
+def next_token_logits(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> Tensor:
     """What the model says before each token of the completion: no padding, no cache."""
     logits_TV = model(torch.tensor([prompt + completion]), use_cache=False).logits[0].float()
     return logits_TV[len(prompt) - 1 :][: max(len(completion), 1)]
@@ -115,16 +122,47 @@ def test_logprobs_equal_those_of_a_full_forward_pass(
 def test_logprobs_equal_those_of_a_full_forward_pass_after_rows_have_left_the_batch(
     small_model: LlamaForCausalLM, small_tokenizer: PreTrainedTokenizerFast
 ) -> None:
+    assert_recomputable(small_model, small_tokenizer)
+
+
+def test_logprobs_equal_those_of_a_full_forward_pass_with_absolute_positions(
+    small_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    # Llama only sees distances between tokens; GPT-2 sees where each stands, padding or not.
+    config = GPT2Config(
+        vocab_size=len(WORDS),
+        n_positions=32,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=SMALL_EOS,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config).float().eval()
+    assert_recomputable(model, small_tokenizer)
+
+
+def assert_recomputable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """What the sampler recorded, and what it recomputes, is what a plain forward pass says."""
     samples = group_sample(
-        small_model, small_tokenizer, ["a b c d", "e"], num_generations=6, max_new_tokens=10, seed=0
+        model, tokenizer, ["a b c d", "e", "b b"], num_generations=4, max_new_tokens=10, seed=0
     )
     assert len({len(ids) for ids in samples.completion_ids}) > 3
-    for prompt, completion, policy in zip(
-        samples.prompt_ids, samples.completion_ids, samples.policy_logprobs, strict=True
+    recomputed_BT = token_logprobs(model, samples)
+    for prompt, completion, policy, recomputed_T in zip(
+        samples.prompt_ids,
+        samples.completion_ids,
+        samples.policy_logprobs,
+        recomputed_BT,
+        strict=True,
     ):
-        logprobs_TV = next_token_logits(small_model, prompt, completion).log_softmax(dim=-1)
+        logprobs_TV = next_token_logits(model, prompt, completion).log_softmax(dim=-1)
         expected = logprobs_TV.gather(1, torch.tensor(completion)[:, None]).squeeze(1)
         torch.testing.assert_close(policy, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(recomputed_T[: len(completion)], expected, atol=1e-5, rtol=0)
 
 
 def test_token_logprobs_equal_what_the_sampler_recorded(
@@ -167,6 +205,27 @@ def test_token_logprobs_have_the_gradient_of_a_full_forward_pass_where_it_is_ena
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_token_logprobs_hide_the_padding_of_both_sides(
+    small_model: LlamaForCausalLM, small_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    samples = group_sample(
+        small_model, small_tokenizer, ["a b c", "d"], num_generations=4, max_new_tokens=6, seed=0
+    )
+    masks: list[list[list[int]]] = []
+    small_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: masks.append(kwargs["attention_mask"].tolist()),
+        with_kwargs=True,
+    )
+    token_logprobs(small_model, samples)
+    lengths = [len(ids) for ids in samples.completion_ids]
+    assert masks == [
+        [
+            [0] * (3 - len(prompt)) + [1] * (len(prompt) + length) + [0] * (max(lengths) - length)
+            for prompt, length in zip(samples.prompt_ids, lengths, strict=True)
+        ]
+    ]
+
+
 def test_samples_are_padded_on_the_right_and_summed_by_completion(
     small_model: LlamaForCausalLM, small_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -195,7 +254,7 @@ def test_two_token_completions_come_with_their_exact_probabilities(
     small_tokenizer: PreTrainedTokenizerFast,
     options: dict[str, Any],
 ) -> None:
-    num_draws = 4000
+    num_draws = 10_000
     samples = group_sample(
         small_model,
         small_tokenizer,
@@ -405,13 +464,13 @@ def test_the_training_mode_comes_back_after_an_error(
     assert small_model.training
 
 
-def test_sampling_keeps_no_gradient(
+def test_sampling_computes_no_gradient(
     small_model: LlamaForCausalLM, small_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    samples = group_sample(
-        small_model, small_tokenizer, ["a"], num_generations=2, max_new_tokens=2, seed=0
-    )
-    assert not samples.policy_logprobs_BT.requires_grad
+    enabled: list[bool] = []
+    small_model.register_forward_pre_hook(lambda *_: enabled.append(torch.is_grad_enabled()))
+    group_sample(small_model, small_tokenizer, ["a"], num_generations=2, max_new_tokens=1, seed=0)
+    assert enabled == [False]
     assert torch.is_grad_enabled()
 
 

@@ -76,7 +76,8 @@ class QuantizedLinear(nn.Module):
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the weight that the code stands for, shape ``(out_features, in_features)``."""
-        return bnb.dequantize_4bit(self.packed, self._quant_state(dtype))
+        weight = bnb.dequantize_4bit(self.packed, self._quant_state(dtype))
+        return weight.view(self.out_features, self.in_features)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return ``inputs @ weight.T + bias``, in the autocast dtype if on, else the inputs'."""
@@ -111,7 +112,7 @@ class QuantizedLinear(nn.Module):
             )
         return bnb.QuantState(
             absmax=self.absmax,
-            shape=torch.Size((self.out_features, self.in_features)),
+            shape=self._aligned_shape(),
             code=self.code,
             blocksize=self.block_size,
             quant_type=self.quantization,
@@ -119,6 +120,19 @@ class QuantizedLinear(nn.Module):
             offset=self.nested_offset,
             state2=nested,
         )
+
+    def _aligned_shape(self) -> torch.Size:
+        """The shape to dequantize in: rows must hold whole blocks.
+
+        Workaround, bitsandbytes 0.49 to 0.50 on a CPU with AVX-512: its kernel looks up the scales
+        row by row (``absmax_dim_1 = n / blocksize``), which gives a wrong weight, without an error,
+        where a block goes across the end of a row. One long row has no such block.
+        https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/csrc/cpu_ops.cpp
+        Remove when the AVX-512 branch there counts blocks over the flattened weight.
+        """
+        if self.in_features % self.block_size == 0:
+            return torch.Size((self.out_features, self.in_features))
+        return torch.Size((self.out_features * self.in_features,))
 
     def _apply(
         self,

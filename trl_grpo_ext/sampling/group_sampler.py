@@ -7,9 +7,9 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-Prompt = str | list[dict[str, Any]]
+Prompt = str | Sequence[Mapping[str, object]]
 
 
 @dataclass(frozen=True)
@@ -284,9 +284,8 @@ def _prompt_ids(
 ) -> list[int]:
     if isinstance(prompt, str):
         return list(tokenizer(prompt).input_ids)
-    text = tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=False, **template
-    )
+    render: Callable[..., object] = tokenizer.apply_chat_template
+    text = str(render(prompt, add_generation_prompt=True, tokenize=False, **template))
     # The template has written the special tokens, a leading BOS among them.
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 

@@ -1,0 +1,142 @@
+"""The configuration: what it refuses, and that it says everything at once."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trl import GRPOConfig, TrlParser
+
+from trl_grpo_ext.config import (
+    LOSS_TYPES,
+    ExtensionOptions,
+    ExtGRPOConfig,
+    _group_problem,
+)
+from trl_grpo_ext.errors import ConfigurationError
+
+BASE: dict[str, Any] = {"output_dir": "out", "use_cpu": True, "bf16": False, "report_to": []}
+
+
+def problems(**settings: Any) -> list[str]:
+    with pytest.raises(ConfigurationError) as caught:
+        ExtGRPOConfig(**BASE | settings)
+    return caught.value.problems
+
+
+def test_config_defaults_equal_trl() -> None:
+    ours, theirs = ExtGRPOConfig(**BASE), GRPOConfig(**BASE)
+    skipped = {"logging_dir", "run_name"}
+    for name in set(GRPOConfig.__dataclass_fields__) - skipped:
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+def test_config_takes_the_output_folder_first_as_trl_does() -> None:
+    assert ExtGRPOConfig("here", use_cpu=True, bf16=False, report_to=[]).output_dir == "here"
+
+
+def test_config_reports_everything_at_once() -> None:
+    found = problems(
+        num_generations=7, kl_estimator="k4", advantage_eps=-1.0, kl_clamp=0.0, reference="nf4"
+    )
+    assert len(found) == 6
+    text = "\n".join(found)
+    for part in ("`num_generations`=7", "'k4'", "`advantage_eps` is -1.0", "`kl_clamp` is 0.0"):
+        assert part in text
+    assert (
+        "`reference` is 'nf4', which is not known. Use one of: auto, resident, quantized." in text
+    )
+    assert "`beta` is 0" in text
+
+
+def test_config_names_batch_and_divisors_when_a_group_would_be_split() -> None:
+    (found,) = problems(num_generations=8, per_device_train_batch_size=5, steps_per_generation=4)
+    assert found == (
+        "`num_generations`=8 does not divide the generation batch of 20 completions "
+        "(`per_device_train_batch_size`=5 x 1 processes x `steps_per_generation`=4), so a group "
+        "would be split. Use 2, 4, 5, 10, 20, or change the batch size."
+    )
+
+
+def test_config_counts_the_processes_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Only the check: a whole configuration would look for the other process.
+    config = ExtGRPOConfig(**BASE)
+    config.num_generations, config.per_device_train_batch_size = 4, 3
+    config.generation_batch_size = config.steps_per_generation = None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "6 completions (`per_device_train_batch_size`=3 x 2 processes" in _group_problem(config)
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_config_refuses_a_group_of_one(size: int) -> None:
+    assert "at least 2 completions" in "\n".join(problems(num_generations=size))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"advantage_baseline": "median"}, "Use one of: mean, leave_one_out."),
+        ({"kl_estimator": "k4"}, "Use one of: k1, k2, k3."),
+        ({"scale_rewards": "std"}, "Use one of: group, batch, none."),
+        ({"loss_type": "ppo"}, "Use one of: grpo, dr_grpo, dapo"),
+        ({"importance_sampling_level": "word"}, "Use one of: token, sequence."),
+        ({"multi_objective_aggregation": "max"}, "Use one of: sum_then_normalize"),
+        (
+            {"beta": 0.1, "reference": "quantized", "reference_quantization": "int3"},
+            "Use one of: nf4, fp4.",
+        ),
+        (
+            {"beta": 0.1, "reference": "quantized", "reference_block_size": 3},
+            "Use one of: 64, 128",
+        ),
+        ({"kl_estimator": "k1", "use_bias_correction_kl": False}, "expected gradient of 0"),
+        ({"kl_estimator": "k2"}, "Set `use_bias_correction_kl: false`."),
+        ({"reference": "quantized"}, "`beta` is 0, so no reference is used, but `reference` is"),
+        ({"reference_quantization": "nf4"}, "`beta` is 0"),
+        ({"beta": 0.1, "reference_quantization": "nf4"}, "but `reference` is 'auto'"),
+        ({"beta": 0.1, "reference": "quantized", "sync_ref_model": True}, "`sync_ref_model`"),
+        ({"beta": 0.1, "reference": "resident", "extensions": False}, "`extensions` is false"),
+    ],
+)
+def test_config_refuses_what_cannot_work(settings: dict[str, Any], message: str) -> None:
+    assert message in "\n".join(problems(**settings))
+
+
+def test_config_knows_every_loss_type_of_trl() -> None:
+    text = GRPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
+    for loss_type in LOSS_TYPES:
+        assert f"'{loss_type}'" in text
+        assert ExtGRPOConfig(**BASE, loss_type=loss_type).loss_type == loss_type
+
+
+def test_config_still_takes_the_booleans_of_older_trl() -> None:
+    assert ExtGRPOConfig(**BASE, scale_rewards=True).scale_rewards == "group"
+    assert ExtGRPOConfig(**BASE, scale_rewards=False).scale_rewards == "none"
+
+
+def test_config_passes_on_what_trl_refuses() -> None:
+    assert "auto_find_batch_size" in "\n".join(problems(auto_find_batch_size=True))
+
+
+def test_config_parses_with_trl_parser(tmp_path: Path) -> None:
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text(
+        "output_dir: out\nuse_cpu: true\nbf16: false\nreport_to: none\nbeta: 0.1\n"
+        "reference: quantized\nreference_keep_modules: [down_proj]\nkl_clamp: 10\n"
+    )
+    (config,) = TrlParser(ExtGRPOConfig).parse_args_and_config(["--config", str(yaml)])
+    assert config.reference == "quantized"
+    assert config.reference_keep_modules == ["down_proj"]
+    assert config.kl_clamp == 10
+
+
+def test_options_of_a_plain_trl_config_are_the_defaults() -> None:
+    assert ExtensionOptions.of(GRPOConfig(**BASE)) == ExtensionOptions()
+
+
+def test_config_reference_page_is_that_of_the_class() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    page = runpy.run_path(str(docs / "config_reference.py"))["page"]
+    assert (docs / "reference" / "config.md").read_text() == page()

@@ -1,0 +1,251 @@
+"""What recipes share: reading and checking a YAML, stopping well; and every YAML in the repository."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from transformers import TrainerControl
+
+from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.recipe import (
+    InterruptCallback,
+    checked_checkpoint,
+    how_to_resume,
+    read_recipe,
+    use_all_cores,
+)
+
+ROOT = Path(__file__).parents[1]
+YAMLS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"prompt": "{a} + 1 =", "answer": "{a + 1}"}}\n' for a in range(12)))
+    return path
+
+
+@pytest.fixture
+def write(tmp_path: Path, tiny_model_dir: Path, rows: Path) -> Any:
+    """Write a YAML of a run that works, with changes; ``None`` removes a key."""
+
+    def written(**changes: Any) -> list[str]:
+        keys = {
+            "model_name_or_path": str(tiny_model_dir),
+            "dataset": str(rows),
+            "num_eval_prompts": 4,
+            "rewards": ["last_number", {"name": "number_distance", "arguments": {"span": 5}}],
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 2,
+            "num_generations": 4,
+            "per_device_train_batch_size": 8,
+            "max_completion_length": 6,
+            "bf16": False,
+            "beta": 0.05,
+            "reference": "quantized",
+            "gradient_checkpointing": False,
+            "logging_steps": 1,
+            "log_completions": True,
+            "num_completions_to_print": 0,
+            "report_to": "none",
+            "eval_samples": 2,
+            "save_strategy": "no",
+        } | changes
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in keys.items() if v is not None}))
+        return ["--config", str(path)]
+
+    return written
+
+
+def problems(arguments: list[str]) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        read_recipe(arguments)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_every_yaml_has_only_options_that_exist(
+    path: Path, rows: Path, tiny_model_dir: Path
+) -> None:
+    # The data and the model of a real run are on the Hub: local ones stand in for them.
+    local = ["--dataset", str(rows), "--dataset_split", "train", "--num_eval_prompts", "4"]
+    keys = yaml.safe_load(path.read_text())
+    if "eval_dataset_split" in keys or "answer_pattern" in keys:
+        pytest.importorskip("datasets")
+        text = rows.read_text().replace('"answer": "', '"answer": "so #### ')
+        rows.write_text(text.replace('"prompt"', '"question"'))
+        local += ["--eval_dataset_split", "train", "--num_eval_prompts", "0"]
+        local += ["--dataset_arguments", "{}"]
+    if "reasoning_gym" in keys["dataset"]:
+        local += ["--dataset_arguments", "{}"]
+    where = [
+        "--model_name_or_path",
+        str(tiny_model_dir),
+        "--model_source",
+        "auto",
+        "--bf16",
+        "False",
+    ]
+    recipe = read_recipe(["--config", str(path), *local, *where])
+    assert recipe.training.beta > 0
+    assert recipe.training.reference == "quantized"
+
+
+def test_recipe_command_line_wins_over_yaml(write: Any) -> None:
+    recipe = read_recipe([*write(learning_rate=1e-5), "--learning_rate", "3e-5"])
+    assert recipe.training.learning_rate == 3e-5
+
+
+def test_recipe_reports_everything_at_once(write: Any, rows: Path) -> None:
+    text = problems(
+        write(
+            learning_rat=1e-5,
+            num_generations=7,
+            kl_estimator="k4",
+            rewards=["last_numbr"],
+            prompt_column="question",
+            eval_samples=-1,
+        )
+    )
+    assert "sets `learning_rat`, which is not an option" in text
+    assert "Did you mean `learning_rate`?" in text
+    assert "`num_generations`=7" in text
+    assert "`kl_estimator` is 'k4'" in text
+    assert "last_number" in text
+    assert "`prompt_column`='question'" in text
+    assert "prompt, answer" in text
+    assert "`eval_samples` is -1" in text
+    assert text.startswith("7 problems")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": []}, "`rewards` is empty"),
+        ({"model_name_or_path": None}, "`model_name_or_path` is not set"),
+        ({"model_name_or_path": "./nowhere"}, "nowhere"),
+        ({"model_source": "package"}, "package"),
+    ],
+)
+def test_recipe_refuses_what_cannot_work(write: Any, changes: Any, message: str) -> None:
+    assert message in problems(write(**changes))
+
+
+def test_recipe_refuses_sampled_accuracy_where_weights_are_sharded(
+    write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "Set `eval_samples: 0`" in problems(write())
+
+
+def test_recipe_refuses_a_yaml_that_is_not_there_or_no_mapping(tmp_path: Path) -> None:
+    assert "is not a file" in problems(["--config", str(tmp_path / "none.yaml")])
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert "is not a mapping" in problems(["--config", str(tmp_path / "list.yaml")])
+
+
+def test_recipe_settings_are_what_was_changed_and_hold_no_token(write: Any) -> None:
+    settings = read_recipe([*write(hub_token="hf_secret")]).settings
+    assert settings["num_generations"] == 4
+    assert settings["reference"] == "quantized"
+    assert "temperature" not in settings
+    assert "hf_secret" not in str(settings)
+
+
+def test_checked_checkpoint_refuses_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    there = SimpleNamespace(resume_from_checkpoint=str(tmp_path))
+    assert checked_checkpoint(there) == str(tmp_path)
+    with pytest.raises(ConfigurationError, match="not a folder"):
+        checked_checkpoint(SimpleNamespace(resume_from_checkpoint=str(tmp_path / "no")))
+
+
+def test_use_all_cores_only_overrides_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", chosen.append)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    use_all_cores()
+    assert chosen == []
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    use_all_cores()
+    assert chosen == [4]
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    use_all_cores()
+    assert chosen == [4]
+
+
+def test_interrupt_callback_saves_and_stops_after_ctrl_c(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    callback, control = InterruptCallback(), TrainerControl()
+    before = signal.getsignal(signal.SIGINT)
+    callback.on_train_begin(None, None, control)
+    callback.on_step_end(None, None, control)
+    assert not control.should_training_stop
+    os.kill(os.getpid(), signal.SIGINT)
+    callback.on_step_end(None, None, control)
+    assert control.should_save
+    assert control.should_training_stop
+    assert callback.interrupted
+    assert "saving a checkpoint" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before  # a second Ctrl-C ends at once
+    callback.on_train_end(None, None, control)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_how_to_resume_names_the_newest_checkpoint(tmp_path: Path) -> None:
+    for step in (3, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert how_to_resume(tmp_path).endswith(f"--resume_from_checkpoint {tmp_path}/checkpoint-12")
+
+
+# The script itself ----------------------------------------------------------------------------
+
+
+def run(
+    arguments: list[str], *, processes: int = 1, **kwargs: Any
+) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    launch += [
+        "--num_processes",
+        str(processes),
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    launch += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+    return subprocess.run(
+        [*launch, str(ROOT / "recipes" / "grpo.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        **kwargs,
+    )
+
+
+def test_grpo_recipe_dry_run_loads_no_model(write: Any, tmp_path: Path) -> None:
+    done = run([*write(), "--dry_run"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "training prompts: 8, held out: 4" in done.stdout
+    assert "no model was loaded" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_grpo_recipe_prints_the_problems_without_a_traceback(write: Any) -> None:
+    done = run(write(kl_estimator="k4"))
+    assert done.returncode != 0
+    assert "`kl_estimator` is 'k4', which is not known. Use one of: k1, k2, k3." in done.stderr
