@@ -1,4 +1,4 @@
-"""Advantages against numbers worked out by hand, a slow reference, TRL's own lines, and their invariants."""
+"""Advantages by hand, against a slow reference and TRL's own lines, and their invariants."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_multi_reward_advantages_equal_trl(aggregation: str, scale: str) -> None
 def _trl(
     rewards: torch.Tensor, weights: torch.Tensor, group_size: int, aggregation: str, scale: str
 ) -> torch.Tensor:
-    """What trl 1.16.0 computes, in its order; equality in the trainer itself: tests/test_trainer.py."""
+    """What trl 1.16.0 computes, in its order; test_trainer.py compares with TRL itself."""
     unscored = rewards.isnan().all(dim=1)
     if aggregation == "sum_then_normalize":
         summed = (rewards * weights).nansum(dim=1)

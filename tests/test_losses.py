@@ -114,7 +114,7 @@ def _true_gradient(logits: Tensor, ref_logprobs: Tensor) -> Tensor:
 def _expected_gradient(
     logits: Tensor, ref_logprobs: Tensor, estimator: str, *, bias_correction: bool
 ) -> Tensor:
-    """The gradient of the estimate for each token of the vocabulary, weighted by how often it is drawn."""
+    """The gradient of the estimate for each token, weighted by how often it is drawn."""
     logits = logits.clone().requires_grad_()
     logprobs_1V = logits.log_softmax(0)[None]
     kl_1V = kl_estimate(logprobs_1V, ref_logprobs[None], estimator=estimator)
@@ -136,7 +136,7 @@ def test_kl_expected_gradient_is_that_of_the_reverse_kl_unless_refused(
     found = _expected_gradient(logits, reference, estimator, bias_correction=bias_correction)
     right = torch.allclose(found, true, atol=1e-12)
     refused = kl_gradient_problem(estimator, bias_correction=bias_correction) is not None
-    # Plain k3 is wrong too (it has the gradient of the forward KL), but TRL has it, so it is allowed.
+    # Plain k3 is wrong too (its gradient is the forward KL's), but TRL has it: allowed.
     assert right is (not refused and (estimator, bias_correction) != ("k3", False))
     if (estimator, bias_correction) == ("k1", False):
         assert found.abs().max() < 1e-12

@@ -1,4 +1,4 @@
-"""What recipes share: reading and checking a YAML, stopping well; and every YAML in the repository."""
+"""What recipes share: reading and checking a YAML, stopping well; and every YAML there is."""
 
 from __future__ import annotations
 

@@ -500,6 +500,21 @@ def test_a_conversation_gets_the_chat_template_once_and_no_second_bos(
     assert samples.prompts == [prompts[0]] * 2 + [prompts[1]] * 2
 
 
+def test_the_chat_template_gets_its_own_arguments(
+    tiny_model: LlamaForCausalLM, bos_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    bos_tokenizer.chat_template = "{{ messages[0]['content'] }}{{ ' think' if thinking }}"
+    samples = group_sample(
+        tiny_model,
+        bos_tokenizer,
+        [[{"role": "user", "content": "Why?"}]],
+        num_generations=1,
+        max_new_tokens=1,
+        chat_template_kwargs={"thinking": True},
+    )
+    assert bos_tokenizer.decode(samples.prompt_ids[0]) == "Why? think"
+
+
 @pytest.mark.parametrize("text_first", [True, False])
 def test_a_text_gets_the_special_tokens_of_its_tokenizer_also_beside_a_conversation(
     tiny_model: LlamaForCausalLM, bos_tokenizer: PreTrainedTokenizerFast, text_first: bool

@@ -107,8 +107,9 @@ def build_reference(
     reference = copy.deepcopy(policy, memo)
     # A trainer may have replaced `forward` on the policy itself; the copy starts from its class.
     vars(reference).pop("forward", None)
-    if reference.is_gradient_checkpointing:
-        reference.gradient_checkpointing_disable()
+    for module in reference.modules():
+        if "gradient_checkpointing" in vars(module):
+            vars(module)["gradient_checkpointing"] = False
     return cast(PreTrainedModel, reference.requires_grad_(False).eval())
 
 

@@ -1,0 +1,96 @@
+"""Two processes give what one gives: same completions, so same advantages, loss and weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = '''
+import json, sys, warnings
+warnings.filterwarnings("ignore")
+import torch
+from datasets import Dataset
+from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
+
+model, out, per_device = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+def rollout(prompts, trainer):
+    """Completions that depend on prompt and place in the group only, not on the process."""
+    tokenizer, rows = trainer.processing_class, []
+    for index, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(sum(map(ord, prompt)) * 10 + index % 4)
+        length = 3 + int(torch.randint(5, (), generator=generator))
+        rows.append(torch.randint(4, 60, (length,), generator=generator).tolist())
+    ids = [tokenizer(prompt).input_ids for prompt in prompts]
+    return {"prompt_ids": ids, "completion_ids": rows, "logprobs": None}
+
+def digits(*, completions, **_):
+    scores = [float(sum(c.isdigit() for c in text)) for text in completions]
+    return [None if len(text) == 4 else score for text, score in zip(completions, scores)]
+
+config = ExtGRPOConfig(
+    out, use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,
+    per_device_train_batch_size=per_device, num_generations=4, max_completion_length=8,
+    learning_rate=1e-2, optim="sgd", max_steps=3, logging_steps=1, seed=3,
+    gradient_checkpointing=False, **json.loads(sys.argv[4]),
+)
+dataset = Dataset.from_dict({"prompt": [f"{a} + {a} =" for a in range(8)]})
+trainer = ExtGRPOTrainer(model, digits, config, dataset, rollout_func=rollout)
+trainer.train()
+if trainer.accelerator.is_main_process:
+    keys = ("loss", "reward", "kl", "grad_norm", "frac_reward_zero_std")
+    history = [{k: e[k] for k in keys if k in e} for e in trainer.state.log_history[:3]]
+    weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    advantages = list(trainer._logs["advantages"])
+    result = {"history": history, "weights": weights, "advantages": advantages}
+    torch.save(result, out + ".pt")
+'''
+
+
+def run(folder: Path, model: Path, *, processes: int, **options: Any) -> dict[str, Any]:
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    out = folder / f"out{processes}"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    arguments = [str(model), str(out), str(8 // processes), json.dumps(options)]
+    done = subprocess.run(
+        [*launch, "--nproc_per_node", str(processes), str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result: dict[str, Any] = torch.load(f"{out}.pt", weights_only=False)
+    return result
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beta": 0.5, "reference": "quantized", "kl_clamp": 10.0, "loss_type": "dapo"},
+        {"advantage_baseline": "leave_one_out", "scale_rewards": "batch", "loss_type": "grpo"},
+    ],
+    ids=["quantized-reference", "batch-scale"],
+)
+def test_two_processes_give_what_one_gives(
+    tiny_model_dir: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    one = run(tmp_path, tiny_model_dir, processes=1, **options)
+    two = run(tmp_path, tiny_model_dir, processes=2, **options)
+    assert one["advantages"] == pytest.approx(two["advantages"], abs=1e-6)
+    assert any(one["advantages"])
+    for left, right in zip(one["history"], two["history"], strict=True):
+        # A mean over completions of different lengths is a mean of means for two processes.
+        for key in left:
+            assert left[key] == pytest.approx(right[key], rel=1e-3, abs=1e-5), key
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(weight, two["weights"][name], atol=1e-5, rtol=1e-4)
