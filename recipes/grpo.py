@@ -25,39 +25,24 @@ from trl import get_peft_config, get_quantization_config
 
 from trl_grpo_ext import ExtGRPOTrainer
 from trl_grpo_ext.data import Task, load_task
-from trl_grpo_ext.errors import ExtGRPOError
 from trl_grpo_ext.evaluation import Accuracy, evaluate_accuracy
 from trl_grpo_ext.model_cache import prepare_model
 from trl_grpo_ext.recipe import (
     EXIT_INTERRUPTED,
     InterruptCallback,
     Recipe,
-    check_recipe,
     checked_checkpoint,
     compare_replies,
     how_to_resume,
-    read_recipe,
+    run_recipe,
 )
 from trl_grpo_ext.report import library_versions, write_report
 from trl_grpo_ext.rewards import build_rewards
 
 
-def main() -> int:
-    """Run the recipe and return the exit code."""
+def run(recipe: Recipe) -> int:
+    """Measure, train, measure, write everything to the output folder; return the exit code."""
     start = time.perf_counter()
-    try:
-        recipe = read_recipe()
-        if recipe.run.dry_run:
-            print(check_recipe(recipe))
-            return 0
-        return run(recipe, start)
-    except ExtGRPOError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-
-
-def run(recipe: Recipe, start: float) -> int:
-    """Measure, train, measure, and write everything to the output folder."""
     checkpoint = checked_checkpoint(recipe.training)
     task = load_task(recipe.task)
     interrupt = InterruptCallback()
@@ -75,7 +60,7 @@ def run(recipe: Recipe, start: float) -> int:
     if trainer.accelerator.is_main_process:
         report = write_report(
             output_dir,
-            summary=summary(trainer, before, after, start),
+            summary=summary(trainer, recipe, before, after, start),
             log_history=trainer.state.log_history,
             settings=recipe.settings,
             examples=compare_replies(task.held_out, before, after),
@@ -135,13 +120,14 @@ def measure(trainer: ExtGRPOTrainer, recipe: Recipe, task: Task) -> Accuracy:
 
 
 def summary(
-    trainer: ExtGRPOTrainer, before: Accuracy, after: Accuracy, start: float
+    trainer: ExtGRPOTrainer, recipe: Recipe, before: Accuracy, after: Accuracy, start: float
 ) -> dict[str, object]:
     """Return what summary.json holds."""
     return {
         "accuracy_before": before.accuracy,
         "accuracy_after": after.accuracy,
         "num_eval_prompts": before.num_prompts,
+        "eval_samples": recipe.run.eval_samples,
         "steps": trainer.state.global_step,
         "minutes": (time.perf_counter() - start) / 60,
         "seed": trainer.args.seed,
@@ -150,4 +136,4 @@ def summary(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_recipe(run))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,12 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas
 import pytest
 import yaml
-from transformers import TrainerControl
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
 
 from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.recipe import (
+    EXIT_INTERRUPTED,
     InterruptCallback,
     checked_checkpoint,
     how_to_resume,
@@ -75,28 +79,20 @@ def problems(arguments: list[str]) -> str:
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 def test_every_yaml_has_only_options_that_exist(
-    path: Path, rows: Path, tiny_model_dir: Path
+    path: Path, tmp_path: Path, tiny_model_dir: Path
 ) -> None:
-    # The data and the model of a real run are on the Hub: local ones stand in for them.
-    local = ["--dataset", str(rows), "--dataset_split", "train", "--num_eval_prompts", "4"]
+    # What is on the Hub is replaced by local rows of the same form.
     keys = yaml.safe_load(path.read_text())
-    if "eval_dataset_split" in keys or "answer_pattern" in keys:
-        pytest.importorskip("datasets")
-        text = rows.read_text().replace('"answer": "', '"answer": "so #### ')
-        rows.write_text(text.replace('"prompt"', '"question"'))
-        local += ["--eval_dataset_split", "train", "--num_eval_prompts", "0"]
-        local += ["--dataset_arguments", "{}"]
-    if "reasoning_gym" in keys["dataset"]:
-        local += ["--dataset_arguments", "{}"]
-    where = [
-        "--model_name_or_path",
-        str(tiny_model_dir),
-        "--model_source",
-        "auto",
-        "--bf16",
-        "False",
-    ]
-    recipe = read_recipe(["--config", str(path), *local, *where])
+    arguments = ["--config", str(path), "--model_name_or_path", str(tiny_model_dir)]
+    arguments += ["--model_source", "auto", "--bf16", "False"]
+    if not keys["dataset"].startswith("reasoning_gym:"):
+        for split, numbers in (("train", range(8)), ("test", range(8, 12))):
+            rows = [{"question": f"{n} + 1 =", "answer": f"so #### {n + 1}"} for n in numbers]
+            text = "\n".join(map(json.dumps, rows))
+            (tmp_path / f"{split}.jsonl").write_text(text)
+        arguments += ["--dataset", str(tmp_path), "--dataset_arguments", "{}"]
+        arguments += ["--num_eval_prompts", "4"]
+    recipe = read_recipe(arguments)
     assert recipe.training.beta > 0
     assert recipe.training.reference == "quantized"
 
@@ -125,7 +121,7 @@ def test_recipe_reports_everything_at_once(write: Any, rows: Path) -> None:
     assert "`prompt_column`='question'" in text
     assert "prompt, answer" in text
     assert "`eval_samples` is -1" in text
-    assert text.startswith("7 problems")
+    assert text.startswith("6 problems")
 
 
 @pytest.mark.parametrize(
@@ -249,3 +245,58 @@ def test_grpo_recipe_prints_the_problems_without_a_traceback(write: Any) -> None
     done = run(write(kl_estimator="k4"))
     assert done.returncode != 0
     assert "`kl_estimator` is 'k4', which is not known. Use one of: k1, k2, k3." in done.stderr
+
+
+def test_grpo_recipe_trains_and_leaves_what_it_promises(write: Any, tmp_path: Path) -> None:
+    done = run(write())
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "out"
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert 0 <= summary["accuracy_before"] <= 1
+    assert 0 <= summary["accuracy_after"] <= 1
+    assert summary["minutes"] > 0
+    assert summary["versions"]["trl"]
+    assert f"Accuracy before: {summary['accuracy_before']:.3f} (8 replies to 4" in done.stdout
+    for plot in ("reward", "kl", "length", "grad_norm", "time"):
+        assert (out / "plots" / f"{plot}.png").read_bytes()[:4] == b"\x89PNG"
+    assert "plots/reward.png" in (out / "report.md").read_text()
+    completions = pandas.read_parquet(out / "completions" / "completions_00002.parquet")
+    assert len(completions) == 8
+    assert {"prompt", "completion", "last_number", "advantage"} <= set(completions.columns)
+    assert AutoModelForCausalLM.from_pretrained(out).num_parameters() > 0
+    assert AutoTokenizer.from_pretrained(out).eos_token
+
+
+def test_grpo_recipe_saves_on_ctrl_c_and_resumes(write: Any, tmp_path: Path) -> None:
+    arguments = write(max_steps=300, num_eval_prompts=0)
+    script = [sys.executable, str(ROOT / "recipes" / "grpo.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "'loss'" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        lines += process.stdout.readlines()
+    output = "".join(lines)
+    assert process.returncode == EXIT_INTERRUPTED, output[-3000:]
+    assert "finishing this step, then saving a checkpoint" in output
+    checkpoint = re.search(r"--resume_from_checkpoint (\S+)", output)[1]
+    step = int(checkpoint.rpartition("-")[2])
+    assert 1 <= step < 300
+    goal = ["--max_steps", str(step + 2), "--resume_from_checkpoint", checkpoint]
+    done = run([*arguments, *goal])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == step + 2
+
+
+@pytest.mark.slow
+def test_grpo_recipe_runs_with_two_processes(write: Any, tmp_path: Path) -> None:
+    done = run(write(per_device_train_batch_size=4), processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 2
+    assert done.stdout.count("Accuracy after") == 1

@@ -356,9 +356,7 @@ def _score(score: object) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _accuracy(
-    *, completions: list[str], scores: list[float | None], num_prompts: int
-) -> Accuracy:
+def _accuracy(*, completions: list[str], scores: list[float | None], num_prompts: int) -> Accuracy:
     right = [score >= CORRECT_THRESHOLD for score in scores if score is not None]
     return Accuracy(
         accuracy=sum(right) / len(right) if right else math.nan,

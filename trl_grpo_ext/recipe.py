@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ from trl import ModelConfig, TrlParser
 
 from trl_grpo_ext.config import ExtGRPOConfig
 from trl_grpo_ext.data import Task, TaskArguments, load_task, task_problems
-from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.errors import ConfigurationError, ExtGRPOError
 from trl_grpo_ext.evaluation import Accuracy
 from trl_grpo_ext.memory import MemoryEstimate, available_memory_bytes, estimate_memory
 from trl_grpo_ext.memory import ReferenceKind as MemoryReference
@@ -105,6 +105,24 @@ def read_recipe(argv: Sequence[str] | None = None) -> Recipe:
     if problems:
         raise ConfigurationError(problems)
     return Recipe(run, task, model, *training)
+
+
+def run_recipe(run: Callable[[Recipe], int], argv: Sequence[str] | None = None) -> int:
+    """Read the recipe and run it, or only check it (``--dry_run``).
+
+    Returns:
+        The exit code: that of ``run``, or 1 with the error on standard error, without a traceback,
+        if it is one that this package raises on purpose.
+    """
+    try:
+        recipe = read_recipe(argv)
+        if recipe.run.dry_run:
+            sys.stdout.write(check_recipe(recipe) + "\n")
+            return 0
+        return run(recipe)
+    except ExtGRPOError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 1
 
 
 def check_recipe(recipe: Recipe) -> str:

@@ -1,4 +1,4 @@
-"""The report: its numbers, its plots, and text that must not break it."""
+"""The files of a report: its numbers, and text that must not break it."""
 
 from __future__ import annotations
 
@@ -10,50 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
+from report.logs import make_log, without
 
-from trl_grpo_ext.report import (
-    MAX_BARS,
-    MAX_EXAMPLE_CHARS,
-    PLOTS,
-    Example,
-    History,
-    library_versions,
-    wilson_interval,
-    write_report,
-)
+from trl_grpo_ext.report import Example, library_versions, write_report
+from trl_grpo_ext.report.markdown import MAX_EXAMPLE_CHARS
+from trl_grpo_ext.report.plots import MAX_BARS
 
 SUMMARY = {"accuracy_before": 0.25, "accuracy_after": 0.75, "num_eval_prompts": 64}
 ALL_PLOTS = {"reward", "kl", "length", "grad_norm", "time"}
-
-
-def make_log(num_steps: int = 4) -> list[dict[str, object]]:
-    """A log as transformers and TRL leave it, with its closing line."""
-    entries: list[dict[str, object]] = [
-        {
-            "step": step,
-            "reward": 0.1 * step,
-            "reward_std": 0.2,
-            "rewards/right_answer/mean": 0.3 * step,
-            "rewards/right_answer/std": 0.1,
-            "kl": 0.01,
-            "completions/mean_length": 20.0,
-            "completions/min_length": 10.0,
-            "completions/max_length": 30.0,
-            "grad_norm": 1.5,
-            "step_time": 10.0,
-            "time/generation": 4.0,
-            "time/rewards": 1.0,
-            "time/logprobs": 2.0,
-            "time/update": 2.0,
-        }
-        for step in range(1, num_steps + 1)
-    ]
-    return [*entries, {"step": num_steps, "train_runtime": 40.0}]
-
-
-def without(log: list[dict[str, object]], prefix: str) -> list[dict[str, object]]:
-    return [{k: v for k, v in entry.items() if not k.startswith(prefix)} for entry in log]
 
 
 def report_text(folder: Path, **changes: object) -> str:
@@ -61,29 +25,7 @@ def report_text(folder: Path, **changes: object) -> str:
     return write_report(folder, **{**arguments, **changes}).read_text(encoding="utf-8")
 
 
-def drawn_axes(name: str, log: list[dict[str, object]]) -> object:
-    """Return the axes of one plot, drawn but not saved."""
-    plot = next(plot for plot in PLOTS if plot.name == name)
-    axes = Figure().subplots()
-    plot.draw(axes, History.of(log))
-    return axes
-
-
 # --- Numbers -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("share", "num_trials", "low", "high"),
-    [
-        (0.5, 10, 0.2366, 0.7634),  # Wilson's interval of 5 in 10
-        (0.0, 10, 0.0, 0.2775),  # z^2 / (n + z^2) = 3.8415 / 13.8415
-        (1.0, 10, 0.7225, 1.0),
-    ],
-)
-def test_wilson_interval_equals_known_values_at_the_middle_and_the_edges(
-    share: float, num_trials: int, low: float, high: float
-) -> None:
-    assert wilson_interval(share, num_trials=num_trials) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_write_report_headline_has_both_accuracies_n_and_intervals(tmp_path: Path) -> None:
@@ -144,48 +86,16 @@ def test_write_report_leaves_no_temporary_file_and_replaces_an_older_report(
     assert names == {"summary.json", "report.md", "plots"}
 
 
-def test_library_versions_names_every_library_and_the_device() -> None:
-    versions = library_versions()
-    assert versions["python"] == sys.version.split()[0]
-    assert {"torch", "trl", "transformers", "accelerate", "datasets", "device"} <= set(versions)
-    assert all(versions.values())
-
-
 def test_report_module_imports_neither_trl_nor_transformers_nor_pyplot() -> None:
     code = (
         "import sys, trl_grpo_ext.report; "
         "print(sorted({'trl', 'transformers', 'matplotlib'} & set(sys.modules)))"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
-
-
-# --- Log history ---------------------------------------------------------------------------------
-
-
-def test_history_keeps_the_later_of_two_logs_of_a_step_and_sorts_by_step() -> None:
-    history = History.of([{"step": 2, "kl": 1.0}, {"step": 1, "kl": 3.0}, {"step": 2, "kl": 5.0}])
-    steps, (kl,) = history.columns("kl")
-    assert steps.tolist() == [1, 2]
-    assert kl.tolist() == history.logged("kl") == [3.0, 5.0]
-
-
-def test_history_columns_hold_nan_where_a_metric_is_missing_or_not_finite() -> None:
-    history = History.of(
-        [
-            {"step": 1, "kl": 1.0, "note": "text"},
-            {"step": 2, "kl": None, "loss": 7.0},
-            {"step": 3, "kl": math.inf},
-            {"loss": 9.0},
-        ]
-    )
-    steps, (kl, loss) = history.columns("kl", "loss")
-    assert steps.tolist() == [1, 2, 3]
-    np.testing.assert_equal(kl, [1.0, math.nan, math.nan])
-    np.testing.assert_equal(loss, [math.nan, 7.0, math.nan])
 
 
 # --- Plots ---------------------------------------------------------------------------------------
@@ -236,59 +146,6 @@ def test_write_report_draws_nothing_when_nothing_but_nan_was_logged(tmp_path: Pa
     text = report_text(tmp_path, log_history=[{"step": 1, "kl": math.nan, "reward": None}])
     assert list((tmp_path / "plots").iterdir()) == []
     assert "## Rewards\n" not in text
-
-
-def test_reward_plot_has_the_mean_its_spread_and_one_line_a_function() -> None:
-    axes = drawn_axes("reward", make_log(2))
-    total, function = axes.get_lines()
-    np.testing.assert_allclose(total.get_ydata(), [0.1, 0.2])
-    np.testing.assert_allclose(function.get_ydata(), [0.3, 0.6])
-    assert function.get_label() == "right_answer"
-    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
-    # mean -+ 0.2
-    assert (heights.min(), heights.max()) == pytest.approx((-0.1, 0.4))
-
-
-def test_reward_plot_leaves_a_gap_where_a_step_had_no_reward() -> None:
-    log = make_log(3)
-    log[1]["reward"] = None
-    total = drawn_axes("reward", log).get_lines()[0]
-    np.testing.assert_allclose(total.get_ydata(), [0.1, math.nan, 0.3])
-
-
-def test_reward_plot_shows_names_that_matplotlib_would_read_as_formulas_or_hide() -> None:
-    log = [{"step": 1, "reward": 1.0, "rewards/_a$b$/mean": 1.0}]
-    assert drawn_axes("reward", log).get_lines()[1].get_label() == r"a\$b\$"
-
-
-def test_length_plot_has_a_band_from_the_shortest_to_the_longest() -> None:
-    axes = drawn_axes("length", make_log(2))
-    assert axes.get_lines()[0].get_ydata().tolist() == [20.0, 20.0]
-    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
-    assert (heights.min(), heights.max()) == (10.0, 30.0)
-
-
-def test_time_plot_stacks_the_phases_and_what_is_left_of_the_step() -> None:
-    axes = drawn_axes("time", make_log(2))
-    stacks = {c.get_label(): (c[0].get_y(), c[0].get_height()) for c in axes.containers}
-    assert stacks == {
-        "generation": (0.0, 4.0),
-        "rewards": (4.0, 1.0),
-        "log-probabilities": (5.0, 2.0),
-        "update": (7.0, 2.0),
-        "other": (9.0, 1.0),
-    }
-
-
-def test_time_plot_shows_the_whole_step_when_no_phase_was_logged() -> None:
-    axes = drawn_axes("time", without(make_log(2), "time/"))
-    assert [(c.get_label(), c[0].get_height()) for c in axes.containers] == [("step", 10.0)]
-
-
-def test_time_plot_turns_to_areas_when_bars_would_be_too_thin() -> None:
-    axes = drawn_axes("time", make_log(MAX_BARS + 1))
-    assert axes.collections[0].get_label() == "generation"
-    assert not axes.containers
 
 
 # --- Text ----------------------------------------------------------------------------------------
