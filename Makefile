@@ -56,7 +56,8 @@ PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 # One process on one device, whatever `accelerate config` says, and said in full so that accelerate
 # does not warn about its defaults. Left alone it would also give torch a single CPU thread.
-LAUNCH = CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(VENV)/bin/accelerate launch \
+# Ctrl-C is for the run, which saves a checkpoint: the launcher ignores it and waits.
+LAUNCH = trap '' INT; CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(VENV)/bin/accelerate launch \
 	--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $$($(PY) -c 'import torch; print(torch.get_num_threads())')
 

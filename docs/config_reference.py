@@ -12,8 +12,9 @@ PAGE = Path(__file__).parent / "reference" / "config.md"
 HEAD = """# Options
 
 `ExtGRPOConfig` has every option of `trl.GRPOConfig` and these. With the defaults, training equals
-plain TRL. Options of the reference are unset until you set them; what they then stand for is in the
-text. This page is written by `python docs/config_reference.py`.
+plain TRL, but for groups of equal rewards, which teach exactly nothing, and for rewards that are
+NaN or infinite, which are left out. Options of the reference are unset until you set them; what
+they then stand for is in the text. This page is written by `python docs/config_reference.py`.
 
 | option | default | what it does |
 |---|---|---|

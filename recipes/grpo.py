@@ -16,7 +16,6 @@ loads no model.
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 from accelerate import PartialState
@@ -31,9 +30,9 @@ from trl_grpo_ext.recipe import (
     EXIT_INTERRUPTED,
     InterruptCallback,
     Recipe,
-    checked_checkpoint,
     compare_replies,
     how_to_resume,
+    minutes_since_start,
     run_recipe,
 )
 from trl_grpo_ext.report import library_versions, write_report
@@ -42,14 +41,12 @@ from trl_grpo_ext.rewards import build_rewards
 
 def run(recipe: Recipe) -> int:
     """Measure, train, measure, write everything to the output folder; return the exit code."""
-    start = time.perf_counter()
-    checkpoint = checked_checkpoint(recipe.training)
     task = load_task(recipe.task)
     interrupt = InterruptCallback()
     trainer = build_trainer(recipe, task, interrupt)
     before = measure(trainer, recipe, task)
     trainer.accelerator.print(f"Accuracy before: {before}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
     output_dir = Path(recipe.training.output_dir)
     if interrupt.interrupted:
         trainer.accelerator.print(how_to_resume(output_dir))
@@ -60,7 +57,7 @@ def run(recipe: Recipe) -> int:
     if trainer.accelerator.is_main_process:
         report = write_report(
             output_dir,
-            summary=summary(trainer, recipe, before, after, start),
+            summary=summary(trainer, recipe, before, after),
             log_history=trainer.state.log_history,
             settings=recipe.settings,
             examples=compare_replies(task.held_out, before, after),
@@ -105,22 +102,27 @@ def build_trainer(recipe: Recipe, task: Task, interrupt: InterruptCallback) -> E
 
 
 def measure(trainer: ExtGRPOTrainer, recipe: Recipe, task: Task) -> Accuracy:
-    """Return the accuracy on the held-out prompts, judged by the first reward of the YAML."""
+    """Return the accuracy on the held-out prompts, judged by the first reward of the YAML.
+
+    Of no prompt where FSDP or DeepSpeed shards the weights: `eval_strategy` measures there.
+    """
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     return evaluate_accuracy(
         trainer.model,
         trainer.processing_class,
-        task.held_out,
+        task.held_out.select([]) if sharded else task.held_out,
         is_correct=trainer.reward_funcs[0],
         max_new_tokens=recipe.training.max_completion_length,
         batch_size=64,
         num_samples=recipe.run.eval_samples,
         temperature=recipe.training.temperature,
+        chat_template_kwargs=recipe.training.chat_template_kwargs,
         accelerator=trainer.accelerator,
     )
 
 
 def summary(
-    trainer: ExtGRPOTrainer, recipe: Recipe, before: Accuracy, after: Accuracy, start: float
+    trainer: ExtGRPOTrainer, recipe: Recipe, before: Accuracy, after: Accuracy
 ) -> dict[str, object]:
     """Return what summary.json holds."""
     return {
@@ -129,7 +131,7 @@ def summary(
         "num_eval_prompts": before.num_prompts,
         "eval_samples": recipe.run.eval_samples,
         "steps": trainer.state.global_step,
-        "minutes": (time.perf_counter() - start) / 60,
+        "minutes": minutes_since_start(),
         "seed": trainer.args.seed,
         "versions": library_versions(),
     }

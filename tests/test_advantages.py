@@ -14,7 +14,6 @@ from trl.trainer.utils import nanstd
 from trl_grpo_ext.advantages import (
     group_advantages,
     multi_reward_advantages,
-    silent_groups,
     weighted_reward,
 )
 
@@ -189,6 +188,7 @@ def test_multi_reward_advantages_equal_trl(aggregation: str, scale: str) -> None
     rewards[torch.rand(24, 3, generator=generator) < 0.15] = NAN
     rewards[5] = NAN  # nobody could score it
     rewards[6, 1] = NAN
+    rewards[8:15] = NAN  # one alone is left of the group
     weights = torch.tensor([1.0, 0.5, 2.0])
     ours = multi_reward_advantages(
         rewards, group_size=8, weights_R=weights, aggregation=aggregation, scale=scale
@@ -225,8 +225,3 @@ def _trl(
 def test_multi_reward_advantages_refuses_an_unknown_aggregation() -> None:
     with pytest.raises(ValueError, match="use one of sum_then_normalize, normalize_then_sum"):
         multi_reward_advantages(torch.zeros(4, 1), group_size=2, aggregation="mean")
-
-
-def test_silent_groups_are_those_that_cannot_teach() -> None:
-    rewards = torch.tensor([1.0, 1.0, 1.0, 0.0, NAN, 1.0, NAN, NAN])
-    assert silent_groups(rewards, group_size=2).tolist() == [True, False, True, True]

@@ -10,12 +10,12 @@ import pytest
 from trl import GRPOConfig, TrlParser
 
 from trl_grpo_ext.config import (
-    LOSS_TYPES,
     ExtensionOptions,
     ExtGRPOConfig,
     _group_problem,
 )
 from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.losses import LOSS_TYPE_REDUCTIONS
 
 BASE: dict[str, Any] = {"output_dir": "out", "use_cpu": True, "bf16": False, "report_to": []}
 
@@ -93,9 +93,19 @@ def test_config_refuses_a_group_of_one(size: int) -> None:
         ),
         ({"kl_estimator": "k1", "use_bias_correction_kl": False}, "expected gradient of 0"),
         ({"kl_estimator": "k2"}, "Set `use_bias_correction_kl: false`."),
-        ({"reference": "quantized"}, "`beta` is 0, so no reference is used, but `reference` is"),
+        ({"reference": "quantized"}, "no KL penalty and no reference, but `reference` is set"),
         ({"reference_quantization": "nf4"}, "`beta` is 0"),
-        ({"beta": 0.1, "reference_quantization": "nf4"}, "but `reference` is 'auto'"),
+        ({"kl_clamp": 10.0}, "`beta` is 0, so there is no KL penalty"),
+        ({"beta": 0.1, "reference_quantization": "nf4"}, "`reference` is 'auto', but"),
+        (
+            {"beta": 0.1, "reference": "quantized", "reference_block_size": 0},
+            "`reference_block_size` is 0",
+        ),
+        (
+            {"beta": 0.1, "reference": "quantized", "reference_keep_modules": "down_proj"},
+            "Write [down_proj].",
+        ),
+        ({"advantage_baseline": "leave_one_out", "extensions": False}, "`extensions` is false"),
         ({"beta": 0.1, "reference": "quantized", "sync_ref_model": True}, "`sync_ref_model`"),
         ({"beta": 0.1, "reference": "resident", "extensions": False}, "`extensions` is false"),
     ],
@@ -106,7 +116,7 @@ def test_config_refuses_what_cannot_work(settings: dict[str, Any], message: str)
 
 def test_config_knows_every_loss_type_of_trl() -> None:
     text = GRPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
-    for loss_type in LOSS_TYPES:
+    for loss_type in LOSS_TYPE_REDUCTIONS:
         assert f"'{loss_type}'" in text
         assert ExtGRPOConfig(**BASE, loss_type=loss_type).loss_type == loss_type
 

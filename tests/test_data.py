@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset, DatasetDict
 from trl import TrlParser
 
@@ -534,3 +535,40 @@ def test_load_task_raises_the_problems_of_the_data(tmp_path: Path) -> None:
         "`prompt_column`='x' is not a column of the dataset, so its rows cannot be used. Set "
         "`prompt_column` to one of: prompt, answer."
     ]
+
+
+# Choosing by the answer
+
+
+def test_load_task_keeps_only_answers_that_match_as_a_whole() -> None:
+    everything = load_task(sums())
+    task = load_task(sums(keep_answers=r"\d+", num_eval_prompts=64))
+    # Of 200 questions, the 45 with a smaller first digit in a subtraction have a negative result.
+    assert everything.train.num_rows == 200
+    assert (task.train.num_rows, task.held_out.num_rows) == (91, 64)
+    assert not any("-" in answer for answer in [*task.train["answer"], *task.held_out["answer"]])
+    assert not set(questions(task.train)) & set(questions(task.held_out))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep_answers": "("}, "`keep_answers` is '(', which is not a regular expression"),
+        ({"keep_answers": "1", "answer_column": None}, "`answer_column` is null"),
+    ],
+)
+def test_task_problems_names_a_choice_that_cannot_be_made(
+    tmp_path: Path, arguments: dict[str, object], message: str
+) -> None:
+    path = numbered(tmp_path / "data.jsonl")
+    assert message in "\n".join(task_problems(TaskArguments(dataset=path, **arguments)))
+
+
+def test_the_quickstart_holds_out_64_prompts_that_training_never_sees() -> None:
+    path = Path(__file__).parents[1] / "recipes" / "configs" / "quickstart.yaml"
+    keys = yaml.safe_load(path.read_text())
+    known = TaskArguments.__dataclass_fields__
+    task = load_task(TaskArguments(**{k: v for k, v in keys.items() if k in known}))
+    assert task.held_out.num_rows == 64
+    assert len(set(questions(task.held_out))) == 64
+    assert not set(questions(task.train)) & set(questions(task.held_out))

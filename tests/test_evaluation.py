@@ -1,26 +1,28 @@
-"""Greedy evaluation against a plain argmax loop, in one process and in two."""
+"""Greedy evaluation against a plain argmax loop; the same results in one process and in two."""
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
-import logging
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from trl_grpo_ext.errors import RewardError
-from trl_grpo_ext.evaluation import evaluate_accuracy, generate_greedy
+from trl_grpo_ext.evaluation import evaluate_accuracy
+from trl_grpo_ext.sampling import group_sample
 
 PROMPTS = ["a", "what is 3 + 4?", "zz top", "q: 17", "count to ten"]
 
@@ -48,177 +50,165 @@ def expected(tiny_model_dir: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> l
     ]
 
 
+def all_right(*, completions: list[object], **columns: object) -> list[float]:
+    return [1.0] * len(completions)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
-def test_generate_greedy_equals_an_argmax_loop_in_order_for_any_batch_size(
+def test_evaluate_accuracy_is_greedy_and_in_order_for_any_batch_size(
     tiny_model: LlamaForCausalLM,
     tiny_tokenizer: PreTrainedTokenizerFast,
     expected: list[str],
     batch_size: int,
 ) -> None:
-    texts = generate_greedy(
-        tiny_model, tiny_tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size
+    result = evaluate_accuracy(
+        tiny_model,
+        tiny_tokenizer,
+        Dataset.from_dict({"prompt": PROMPTS}),
+        is_correct=all_right,
+        max_new_tokens=12,
+        batch_size=batch_size,
     )
-    assert texts == expected
+    assert result.completions == expected
     assert len(set(expected)) == len(PROMPTS)  # or a wrong order would not show
 
 
-def test_generate_greedy_stops_each_row_at_its_own_end_token_when_lengths_differ(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    prompts = ["1+2=", "b?", "a"]
-    reference = [
-        argmax_loop(tiny_model, tiny_tokenizer, tiny_tokenizer(prompt)["input_ids"], num_tokens=12)
-        for prompt in prompts
-    ]
-    assert [len(text) for text in reference] == [0, 3, 12]  # the model ends two of them
-    # A tokenizer that pads with an ordinary character: it must not appear behind the end.
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.pad_token_id = tokenizer.convert_tokens_to_ids("a")
-    texts = generate_greedy(tiny_model, tokenizer, prompts, max_new_tokens=12)
-    assert texts == reference
-
-
-def test_generate_greedy_ends_at_the_tokenizers_and_at_the_models_end_token(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    # "b?" is continued by "??&" and the tokenizer's token, then by "&GG"; "a" by text with a W.
-    tiny_model.generation_config.eos_token_id = tiny_tokenizer.convert_tokens_to_ids("W")
-    texts = generate_greedy(tiny_model, tiny_tokenizer, ["b?", "a"], max_new_tokens=12)
-    assert texts[0] == "??&"
-    whole = argmax_loop(tiny_model, tiny_tokenizer, tiny_tokenizer("a")["input_ids"], num_tokens=12)
-    assert "W" in whole
-    assert texts[1] == whole.split("W")[0]
-
-
-def test_generate_greedy_takes_the_longest_prompts_first_so_that_too_large_a_batch_shows(
+def test_evaluate_accuracy_takes_the_longest_prompts_first_so_that_too_large_a_batch_shows(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     widths: list[int] = []
     tiny_model.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    generate_greedy(
-        tiny_model, tiny_tokenizer, ["ab", "abcdef", "abcd"], max_new_tokens=1, batch_size=1
+    evaluate_accuracy(
+        tiny_model,
+        tiny_tokenizer,
+        Dataset.from_dict({"prompt": ["ab", "abcdef", "abcd"]}),
+        is_correct=all_right,
+        max_new_tokens=1,
+        batch_size=1,
     )
     assert widths == [6, 4, 2]
 
 
-def test_generate_greedy_continues_a_conversation_as_the_chat_template_says(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    question = [{"role": "user", "content": "1+2"}]
-    started = [*question, {"role": "assistant", "content": "It is"}]
-    texts = generate_greedy(tiny_model, tiny_tokenizer, [question, started], max_new_tokens=8)
-    rendered = [
-        "<|im_start|>user\n1+2<|im_end|>\n<|im_start|>assistant\n",
-        "<|im_start|>user\n1+2<|im_end|>\n<|im_start|>assistant\nIt is",
-    ]
-    assert texts == [
-        argmax_loop(tiny_model, tiny_tokenizer, tiny_tokenizer(text)["input_ids"], num_tokens=8)
-        for text in rendered
-    ]
-
-
-def test_generate_greedy_ignores_sampling_settings_of_the_model_without_a_warning(
-    tiny_model: LlamaForCausalLM,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    expected: list[str],
-) -> None:
-    settings = tiny_model.generation_config
-    settings.update(
-        do_sample=True, temperature=0.3, top_p=0.5, min_p=0.1, top_k=3, repetition_penalty=5.0
-    )
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logger, verbosity = logging.getLogger("transformers"), transformers_logging.get_verbosity()
-    logger.addHandler(handler)
-    transformers_logging.set_verbosity_warning()
-    try:
-        texts = generate_greedy(tiny_model, tiny_tokenizer, PROMPTS, max_new_tokens=12)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        logger.removeHandler(handler)
-    assert texts == expected
-    assert messages == []
-    assert tiny_model.generation_config is settings
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_generate_greedy_restores_mode_settings_and_padding_side_even_after_an_error(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, training: bool
-) -> None:
-    tiny_model.train(training)
-    settings = tiny_model.generation_config
-    tiny_tokenizer.padding_side = "right"
-    modes: list[bool] = []
-
-    def interrupt(*args: object) -> None:
-        modes.append(tiny_model.training)
-        raise KeyboardInterrupt
-
-    hook = tiny_model.model.register_forward_pre_hook(interrupt)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            generate_greedy(tiny_model, tiny_tokenizer, PROMPTS, max_new_tokens=2)
-        hook.remove()
-        assert modes == [False]
-        assert tiny_model.training is training
-        assert tiny_model.generation_config is settings
-        assert tiny_tokenizer.padding_side == "right"
-    finally:
-        tiny_tokenizer.padding_side = "left"
-
-
 # peft 0.21.2 reads an attribute that transformers 5.23 renamed. Remove when peft no longer does.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_generate_greedy_leaves_the_model_inside_an_adapter_as_it_was(
+def test_evaluate_accuracy_takes_an_adapter_and_restores_the_training_mode(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, expected: list[str]
 ) -> None:
     peft = pytest.importorskip("peft")
-    settings = tiny_model.generation_config
-    settings.repetition_penalty = 5.0
-    adapter = peft.get_peft_model(tiny_model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    texts = generate_greedy(adapter, tiny_tokenizer, PROMPTS, max_new_tokens=12)
-    assert texts == expected  # a fresh adapter changes nothing
-    assert tiny_model.generation_config is settings
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5)
+    adapter = peft.get_peft_model(tiny_model, config).train()
+    result = evaluate_accuracy(
+        adapter,
+        tiny_tokenizer,
+        Dataset.from_dict({"prompt": PROMPTS}),
+        is_correct=all_right,
+        max_new_tokens=12,
+    )
+    assert result.completions == expected  # a fresh adapter changes nothing
+    assert adapter.training
+    assert tiny_model.training
 
 
-def test_generate_greedy_refuses_a_prompt_without_tokens(
+def test_evaluate_accuracy_samples_each_prompt_as_often_as_asked_and_repeatably(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    with pytest.raises(ValueError, match="no tokens"):
-        generate_greedy(tiny_model, tiny_tokenizer, ["a", ""], max_new_tokens=2)
+    def draw(**options: Any) -> list[str]:
+        return evaluate_accuracy(
+            tiny_model,
+            tiny_tokenizer,
+            Dataset.from_dict({"prompt": ["ab", "abcd"], "answer": ["x", "y"]}),
+            is_correct=is_correct,
+            max_new_tokens=6,
+            num_samples=3,
+            batch_size=3,
+            **options,
+        ).completions
+
+    def is_correct(*, prompts: list[str], answer: list[str], **columns: object) -> list[float]:
+        assert prompts == ["ab"] * 3 + ["abcd"] * 3
+        assert answer == ["x"] * 3 + ["y"] * 3
+        return [1.0] * 6
+
+    before = torch.get_rng_state()
+    replies = draw()
+    assert len(set(replies)) == 6
+    assert draw() == replies
+    assert draw(seed=7) != replies
+    assert draw(temperature=5.0) != replies
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_generate_greedy_returns_nothing_for_no_prompts(
+def test_evaluate_accuracy_passes_arguments_to_the_chat_template(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    assert generate_greedy(tiny_model, tiny_tokenizer, [], max_new_tokens=2) == []
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{{ ending }}"
+    result = evaluate_accuracy(
+        tiny_model,
+        tokenizer,
+        Dataset.from_dict({"prompt": [[{"role": "user", "content": "1+"}]]}),
+        is_correct=all_right,
+        max_new_tokens=8,
+        chat_template_kwargs={"ending": "2 is"},
+    )
+    ids = tiny_tokenizer("1+2 is").input_ids
+    assert result.completions == [argmax_loop(tiny_model, tiny_tokenizer, ids, num_tokens=8)]
 
 
-def test_generate_greedy_draws_progress_by_prompts_only_when_asked(
+def test_evaluate_accuracy_is_nan_without_generation_when_there_is_no_prompt(
+    tiny_tokenizer: PreTrainedTokenizerFast, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = evaluate_accuracy(
+        cast(Any, None),
+        tiny_tokenizer,
+        Dataset.from_dict({"prompt": []}),
+        is_correct=cast(Any, None),
+        max_new_tokens=1,
+    )
+    assert math.isnan(result.accuracy)
+    assert (result.num_prompts, result.num_scored) == (0, 0)
+    assert (result.completions, result.scores) == ([], [])
+    assert capfd.readouterr().err == ""
+
+
+def test_evaluate_accuracy_draws_a_progress_bar(
     tiny_model: LlamaForCausalLM,
     tiny_tokenizer: PreTrainedTokenizerFast,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    generate_greedy(
-        tiny_model, tiny_tokenizer, PROMPTS, max_new_tokens=1, batch_size=2, show_progress=False
+    evaluate_accuracy(
+        tiny_model,
+        tiny_tokenizer,
+        Dataset.from_dict({"prompt": PROMPTS}),
+        is_correct=all_right,
+        max_new_tokens=1,
+        batch_size=2,
     )
-    assert capfd.readouterr().err == ""
-    generate_greedy(tiny_model, tiny_tokenizer, PROMPTS, max_new_tokens=1, batch_size=2)
-    assert "5/5" in capfd.readouterr().err
+    assert "3/3" in capfd.readouterr().err
 
 
-def test_evaluate_accuracy_is_the_share_of_scored_prompts_from_half_a_point_on(
+def test_evaluate_accuracy_calls_the_reward_as_trl_does_and_counts_from_half_a_point_on(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, expected: list[str]
 ) -> None:
     dataset = Dataset.from_dict({"prompt": PROMPTS, "answer": ["v", "w", "x", "y", "z"]})
 
     def is_correct(
-        *, prompts: list[str], completions: list[str], answer: list[str]
+        *,
+        prompts: list[str],
+        completions: list[str],
+        completion_ids: list[list[int]],
+        answer: list[str],
+        trainer_state: None,
+        log_extra: Callable[[str, list[str]], None],
+        log_metric: Callable[..., None],
     ) -> Sequence[float | None]:
         assert (prompts, completions, answer) == (PROMPTS, expected, ["v", "w", "x", "y", "z"])
+        assert tiny_tokenizer.batch_decode(completion_ids, skip_special_tokens=True) == expected
+        assert trainer_state is None
+        log_extra("answer", answer)
+        log_metric(name="mean", value=0.5)
         return [0.5, 0.49, None, True, math.nan]
 
     result = evaluate_accuracy(
@@ -228,6 +218,24 @@ def test_evaluate_accuracy_is_the_share_of_scored_prompts_from_half_a_point_on(
     assert (result.num_prompts, result.num_scored) == (5, 3)
     assert result.scores == [0.5, 0.49, None, 1.0, None]
     assert result.completions == expected
+    assert str(result) == "0.667 (3 replies to 5 held-out prompts)"
+
+
+def test_evaluate_accuracy_awaits_an_asynchronous_reward(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    async def is_correct(**columns: object) -> list[float]:
+        await asyncio.sleep(0)
+        return [1.0, 0.0]
+
+    result = evaluate_accuracy(
+        tiny_model,
+        tiny_tokenizer,
+        Dataset.from_dict({"prompt": ["a", "b"]}),
+        is_correct=is_correct,
+        max_new_tokens=1,
+    )
+    assert result.scores == [1.0, 0.0]
 
 
 def test_evaluate_accuracy_hands_over_messages_when_the_prompts_are_conversations(
@@ -236,7 +244,9 @@ def test_evaluate_accuracy_hands_over_messages_when_the_prompts_are_conversation
     prompts = [[{"role": "user", "content": text}] for text in ("1+2", "3+4")]
     seen: list[object] = []
 
-    def is_correct(*, prompts: object, completions: object, answer: object) -> list[float]:
+    def is_correct(
+        *, prompts: object, completions: object, answer: object, **others: object
+    ) -> list[float]:
         seen.extend([prompts, completions, answer])
         return [1.0, 0.0]
 
@@ -268,7 +278,7 @@ def test_evaluate_accuracy_is_nan_when_nothing_could_be_scored(
 
 @pytest.mark.parametrize(
     ("scores", "message"),
-    [([1.0], "1 scores for 2 completions"), (["yes", 1.0], "returned a str")],
+    [([1.0], "'judge' returned 1 rewards, but 2 were"), (["yes", 1.0], "'judge' returned 'yes'")],
 )
 def test_evaluate_accuracy_refuses_scores_that_are_not_one_number_a_completion(
     tiny_model: LlamaForCausalLM,
@@ -276,12 +286,15 @@ def test_evaluate_accuracy_refuses_scores_that_are_not_one_number_a_completion(
     scores: list[float],
     message: str,
 ) -> None:
+    def judge(**columns: object) -> list[float]:
+        return scores
+
     with pytest.raises(RewardError, match=message):
         evaluate_accuracy(
             tiny_model,
             tiny_tokenizer,
             Dataset.from_dict({"prompt": ["a", "b"], "answer": ["c", "d"]}),
-            is_correct=lambda **columns: scores,
+            is_correct=judge,
             max_new_tokens=1,
         )
 
@@ -290,25 +303,31 @@ def length_is_even(*, completions: list[str], **columns: object) -> list[float]:
     return [float(len(text) % 2 == 0) for text in completions]
 
 
-def evaluate_prompts(folder: Path, *, num_prompts: int, accelerator: Accelerator | None) -> object:
-    """Return what is to be the same with any number of processes; see ``main``."""
+def evaluate_prompts(folder: Path, *, accelerator: Accelerator | None) -> list[object]:
+    """Return what is to be the same with any number of processes; see ``main``.
+
+    Five prompts are batches of 2, 2 and 1; one prompt leaves the second process without any.
+    """
     from tiny import build_tiny_tokenizer
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    dataset = Dataset.from_dict({"prompt": PROMPTS[:num_prompts]})
-    result = evaluate_accuracy(
-        model,
-        build_tiny_tokenizer(),
-        dataset,
-        is_correct=length_is_even,
-        max_new_tokens=12,
-        batch_size=1,
-        accelerator=accelerator,
-    )
-    return [result.accuracy, result.num_prompts, result.completions, result.scores]
+    results: list[object] = []
+    for num_prompts, num_samples, batch_size in ((5, 0, 2), (5, 3, 6), (1, 0, 2)):
+        result = evaluate_accuracy(
+            model,
+            build_tiny_tokenizer(),
+            Dataset.from_dict({"prompt": PROMPTS[:num_prompts]}),
+            is_correct=length_is_even,
+            max_new_tokens=12,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            accelerator=accelerator,
+        )
+        results.append([result.accuracy, result.num_prompts, result.completions, result.scores])
+    return results
 
 
-def test_evaluate_accuracy_is_the_same_with_two_processes_when_prompts_do_not_divide(
+def test_evaluate_accuracy_is_the_same_with_two_processes_when_batches_do_not_divide(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     environment = {
@@ -330,14 +349,11 @@ def test_evaluate_accuracy_is_the_same_with_two_processes_when_prompts_do_not_di
     finally:
         for process in processes:
             process.kill()
-    # 5 prompts are 3 and 2; 1 prompt leaves the second process without any of its own
-    alone = [
-        evaluate_prompts(tiny_model_dir, num_prompts=number, accelerator=None) for number in (5, 1)
-    ]
-    for rank in "01":
+    alone = evaluate_prompts(tiny_model_dir, accelerator=None)
+    for rank, num_batches in (("0", 2 + 2 + 1), ("1", 1 + 1 + 0)):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["results"] == alone
-        assert found["num_generate_calls"] == 3 + 1
+        assert found["num_batches"] == num_batches
 
 
 def free_port() -> int:
@@ -349,27 +365,14 @@ def free_port() -> int:
 
 
 def main(folder: Path, out: Path) -> None:
-    """One of two processes: evaluate 5 prompts, then 1, and write what came back."""
-    calls = count_generate_calls()
+    """One of two processes: evaluate, and write what came back."""
+    counted = MagicMock(wraps=group_sample)
     accelerator = Accelerator(cpu=True)
-    results = [
-        evaluate_prompts(folder, num_prompts=number, accelerator=accelerator) for number in (5, 1)
-    ]
-    found = {"results": results, "num_generate_calls": len(calls)}
+    with patch("trl_grpo_ext.evaluation.group_sample", counted):
+        results = evaluate_prompts(folder, accelerator=accelerator)
+    found = {"results": results, "num_batches": counted.call_count}
     (out / f"{accelerator.process_index}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
-
-
-def count_generate_calls() -> list[int]:
-    calls: list[int] = []
-    original = LlamaForCausalLM.generate
-
-    def counted(self: LlamaForCausalLM, *args: object, **kwargs: object) -> object:
-        calls.append(1)
-        return original(self, *args, **kwargs)
-
-    LlamaForCausalLM.generate = counted
-    return calls
 
 
 if __name__ == "__main__":

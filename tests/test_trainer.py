@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
@@ -338,6 +345,34 @@ def test_trainer_leaves_a_reward_that_is_not_finite_out_and_counts_it(
     assert trainer.reward_funcs == [sometimes]
 
 
+def test_trainer_counts_no_bad_rewards_where_there_are_none(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    history, _ = train(ext_trainer(tiny_model_dir, tmp_path))
+    assert series(history, "rewards/vowels/non_finite") == [0.0] * 3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_trainer_takes_a_reward_model_and_leaves_its_overflows_out(
+    tiny_model_dir: Path, tmp_path: Path, value: float
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
+    calls = []
+
+    def spoil(_: Any, __: Any, output: Any) -> None:
+        calls.append(len(output.logits))
+        output.logits[0, 0] = value
+
+    model.register_forward_hook(spoil)
+    trainer = ext_trainer(tiny_model_dir, tmp_path, rewards=[model, vowels], max_steps=1)
+    history, _ = train(trainer)
+    assert calls == [8]
+    assert series(history, "rewards/tiny-llama/non_finite") == [1.0]
+    assert math.isfinite(series(history, "loss")[0])
+    assert all(math.isfinite(advantage) for advantage in trainer._logs["advantages"])
+    assert any(trainer._logs["advantages"])
+
+
 def test_trainer_awaits_asynchronous_rewards(tiny_model_dir: Path, tmp_path: Path) -> None:
     async def later(*, completions: list[str], **_: Any) -> list[float]:
         return vowels(completions=completions)
@@ -351,12 +386,19 @@ def test_trainer_awaits_asynchronous_rewards(tiny_model_dir: Path, tmp_path: Pat
 
 
 def test_trainer_logs_seconds_a_phase(tiny_model_dir: Path, tmp_path: Path) -> None:
-    history, _ = train(ext_trainer(tiny_model_dir, tmp_path))
-    for phase in ("generation", "rewards", "logprobs", "update"):
-        seconds = series(history, f"time/{phase}")
-        assert len(seconds) == 3
-        assert all(second >= 0 for second in seconds)
-    assert series(history, "time/update")[0] > 0
+    def slow(*, completions: list[str], **_: Any) -> list[float]:
+        time.sleep(1.0)
+        return vowels(completions=completions)
+
+    history, _ = train(ext_trainer(tiny_model_dir, tmp_path, rewards=[slow]))
+    phases = {
+        phase: series(history, f"time/{phase}")
+        for phase in ("generation", "rewards", "logprobs", "update")
+    }
+    assert all(len(seconds) == 3 for seconds in phases.values())
+    assert all(seconds >= 1.0 for seconds in phases["rewards"])
+    for step_time, *parts in zip(series(history, "step_time"), *phases.values(), strict=True):
+        assert sum(parts) == pytest.approx(step_time, rel=0.2)
 
 
 def test_trainer_evaluates_also_with_one_completion_a_prompt(
@@ -372,6 +414,22 @@ def test_trainer_evaluates_also_with_one_completion_a_prompt(
     metrics = trainer.evaluate()
     assert math.isfinite(metrics["eval_reward"])
     assert set(trainer._logs["advantages"]) == {0.0}
+
+
+def test_trainer_evaluates_several_sets_and_streams_a_training_set(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    trainer = ExtGRPOTrainer(
+        str(tiny_model_dir),
+        [vowels],
+        ExtGRPOConfig(**settings(tmp_path, eval_strategy="steps", eval_steps=2, max_steps=2)),
+        PROMPTS.to_iterable_dataset(),
+        eval_dataset={"low": PROMPTS.select(range(4)), "high": PROMPTS.select(range(4, 8))},
+    )
+    history, _ = train(trainer)
+    for name in ("low", "high"):
+        (reward,) = series(history, f"eval_{name}_reward")
+        assert math.isfinite(reward)
 
 
 def test_trainer_calls_callbacks_and_trains_an_adapter(
@@ -420,3 +478,18 @@ def test_trainer_checks_settings_before_a_model_loads(tmp_path: Path) -> None:
     config.kl_estimator = "k4"
     with pytest.raises(ConfigurationError, match="`kl_estimator` is 'k4'"):
         ExtGRPOTrainer("a-model-that-must-not-be-loaded", vowels, config, PROMPTS)
+
+
+def test_trainer_refuses_a_reference_for_a_policy_that_is_loaded_quantized(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="the policy is loaded quantized"):
+        ExtGRPOTrainer(
+            "a-model-that-must-not-be-loaded",
+            vowels,
+            ExtGRPOConfig(**settings(tmp_path, reference="quantized")),
+            PROMPTS,
+            quantization_config=BitsAndBytesConfig(load_in_4bit=True),
+        )
+
+
+def test_trainer_has_the_constructor_of_trl() -> None:
+    assert inspect.signature(ExtGRPOTrainer) == inspect.signature(GRPOTrainer)

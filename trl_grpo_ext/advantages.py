@@ -155,40 +155,22 @@ def weighted_reward(rewards_BR: Tensor, weights_R: Tensor) -> Tensor:
         >>> weighted_reward(torch.tensor([[1.0, float("nan")]]), torch.tensor([2.0, 5.0]))
         tensor([2.], dtype=torch.float64)
     """
-    if weights_R.shape != rewards_BR.shape[1:]:
-        raise ValueError(
-            f"{weights_R.numel()} weights for "
-            f"{rewards_BR.shape[1]} reward functions; give one each."
-        )
+    _check_weights(rewards_BR, weights_R)
     rewards_BR = rewards_BR.double()
     summed_B = (rewards_BR * weights_R.to(rewards_BR)).nansum(dim=1)
-    return summed_B.masked_fill(rewards_BR.isnan().all(dim=1), torch.nan)
-
-
-def silent_groups(rewards_B: Tensor, *, group_size: int) -> Tensor:
-    """Return which groups carry no signal: all scored rewards equal, or fewer than two scored.
-
-    Args:
-        rewards_B: Shape ``(B,)``, reward units, NaN for unscored completions.
-        group_size: ``G``, at least 1.
-
-    Returns:
-        Shape ``(P,)``, bool.
-
-    Example:
-        >>> silent_groups(torch.tensor([1.0, 1.0, 0.0, 1.0]), group_size=2)
-        tensor([ True, False])
-    """
-    return _silent(rewards_B.view(-1, group_size))
+    return summed_B.masked_fill(_unscored(rewards_BR), torch.nan)
 
 
 def _normalize_then_sum(
     rewards_BR: Tensor, weights_R: Tensor, group_size: int, baseline: AdvantageBaseline, eps: float
 ) -> Tensor:
+    _check_weights(rewards_BR, weights_R)
     rewards_PGR = rewards_BR.double().view(-1, group_size, rewards_BR.shape[1])
     columns = [rewards_PGR[..., r] for r in range(rewards_PGR.shape[-1])]
     normalized = [_normalized(column_PG, baseline, eps).view(-1) for column_PG in columns]
-    summed_B = weighted_reward(torch.stack(normalized, dim=1), weights_R)
+    summed_B = (torch.stack(normalized, dim=1) * weights_R.to(rewards_PGR)).nansum(dim=1)
+    # As in TRL: a completion that stands alone in its group counts as 0 in the batch.
+    summed_B = summed_B.masked_fill(_unscored(rewards_BR), torch.nan)
     standardized_B = (summed_B - summed_B.nanmean()) / (_nanstd(summed_B, dim=0) + eps)
     scored_PG = ~rewards_PGR.isnan().all(dim=2)
     silent_P = torch.stack([_all_equal(column_PG) for column_PG in columns]).all(dim=0) | (
@@ -229,6 +211,10 @@ def _nanstd(values: Tensor, *, dim: int) -> Tensor:
     return variance.masked_fill(num_scored < 2, torch.nan).sqrt()
 
 
+def _unscored(rewards_BR: Tensor) -> Tensor:
+    return rewards_BR.isnan().all(dim=1)
+
+
 def _silent(rewards_PG: Tensor) -> Tensor:
     return _all_equal(rewards_PG) | ((~rewards_PG.isnan()).sum(dim=1) < 2)
 
@@ -259,3 +245,11 @@ def _check(num_completions: int, group_size: int, *, baseline: str, scale: str, 
         raise ValueError(f"`scale` is {scale!r}; use one of {', '.join(get_args(RewardScale))}.")
     if not eps >= 0:
         raise ValueError(f"`eps` is {eps}; it must not be negative.")
+
+
+def _check_weights(rewards_BR: Tensor, weights_R: Tensor) -> None:
+    if weights_R.shape != rewards_BR.shape[1:]:
+        raise ValueError(
+            f"{weights_R.numel()} weights for "
+            f"{rewards_BR.shape[1]} reward functions; give one each."
+        )

@@ -11,18 +11,25 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from trl_grpo_ext.advantages import STD_EPS, AdvantageBaseline, RewardAggregation, RewardScale
 from trl_grpo_ext.errors import ConfigurationError
-from trl_grpo_ext.losses import ImportanceLevel, KLEstimator, kl_gradient_problem
+from trl_grpo_ext.losses import (
+    LOSS_TYPE_REDUCTIONS,
+    ImportanceLevel,
+    KLEstimator,
+    kl_gradient_problem,
+)
 
 ReferenceKind = Literal["auto", "resident", "quantized"]
 Quantization = Literal["nf4", "fp4"]
 
-LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass
 class ExtensionOptions:
-    """What this package adds to ``trl.GRPOConfig``. With the defaults, training equals plain TRL.
+    """What this package adds to ``trl.GRPOConfig``.
+
+    With the defaults, training equals plain TRL, but for groups of equal rewards, which teach
+    exactly nothing, and for rewards that are NaN or infinite, which are left out.
 
     Options of the reference are ``None`` until set, so that one set in vain (``beta`` 0, another
     kind) is noticed.
@@ -121,7 +128,7 @@ class ExtGRPOConfig(ExtensionOptions, GRPOConfig):
         try:
             super().__post_init__()
         except (ValueError, ZeroDivisionError) as error:
-            if group_problem is None:
+            if group_problem is None or "num_generations" not in str(error):
                 problems.append(str(error))
         if group_problem is not None:
             problems.append(group_problem)
@@ -147,7 +154,8 @@ def configuration_problems(config: GRPOConfig) -> Iterator[str]:
         options.kl_estimator, bias_correction=config.use_bias_correction_kl
     ):
         yield problem
-    yield from _reference_problems(config, options)
+    yield from _options_in_vain(config, options)
+    yield from _quantized_reference_problems(config, options)
 
 
 def _unknown_values(config: GRPOConfig, options: ExtensionOptions) -> Iterator[str]:
@@ -158,8 +166,8 @@ def _unknown_values(config: GRPOConfig, options: ExtensionOptions) -> Iterator[s
         ("advantage_baseline", options.advantage_baseline, get_args(AdvantageBaseline)),
         ("kl_estimator", options.kl_estimator, get_args(KLEstimator)),
         ("reference", options.reference, get_args(ReferenceKind)),
-        ("reference_quantization", options.reference_quantization or "nf4", get_args(Quantization)),
-        ("reference_block_size", options.reference_block_size or 64, BLOCK_SIZES),
+        ("reference_quantization", options.reference_quantization, (None, *get_args(Quantization))),
+        ("reference_block_size", options.reference_block_size, (None, *BLOCK_SIZES)),
         ("scale_rewards", scale, get_args(RewardScale)),
         (
             "multi_objective_aggregation",
@@ -167,41 +175,49 @@ def _unknown_values(config: GRPOConfig, options: ExtensionOptions) -> Iterator[s
             get_args(RewardAggregation),
         ),
         ("importance_sampling_level", config.importance_sampling_level, get_args(ImportanceLevel)),
-        ("loss_type", config.loss_type, LOSS_TYPES),
+        ("loss_type", config.loss_type, tuple(LOSS_TYPE_REDUCTIONS)),
     ):
         if value not in known:
-            yield (
-                f"`{name}` is {value!r}, which is not known. "
-                f"Use one of: {', '.join(map(str, known))}."
-            )
+            listed = ", ".join(str(choice) for choice in known if choice is not None)
+            yield f"`{name}` is {value!r}, which is not known. Use one of: {listed}."
 
 
-def _reference_problems(config: GRPOConfig, options: ExtensionOptions) -> Iterator[str]:
-    given = [
-        f.name
-        for f in fields(options)
-        if f.name.startswith("reference_") and getattr(options, f.name) is not None
-    ]  # fmt: skip
-    given_kind = ["reference"] if options.reference != "auto" else []
-    if config.beta == 0.0 and given_kind + given:
+def _options_in_vain(config: GRPOConfig, options: ExtensionOptions) -> Iterator[str]:
+    changed = [f.name for f in fields(options) if getattr(options, f.name) != f.default]
+    details = [name for name in changed if name.startswith("reference_")]
+    penalty = [name for name in changed if name.startswith(("reference", "kl_"))]
+    others = [name for name in changed if name != "extensions"]
+    if config.beta == 0.0 and penalty:
         yield (
-            f"`beta` is 0, so no reference is used, but {_named(given_kind + given)} set. "
-            "Set `beta` above 0 (0.01 to 0.05 is usual), or remove the reference options."
+            f"`beta` is 0, so there is no KL penalty and no reference, but {_named(penalty)} set. "
+            "Set `beta` above 0 (0.01 to 0.05 is usual), or remove what is set."
         )
-    if options.reference != "quantized" and given:
+    if options.reference != "quantized" and details:
         yield (
-            f"{_named(given)} set, but `reference` is {options.reference!r}. "
-            "Set `reference: quantized`, or remove the options."
+            f"`reference` is {options.reference!r}, but {_named(details)} set. "
+            "Set `reference: quantized`, or remove what is set."
         )
+    if not options.extensions and others:
+        yield (
+            f"`extensions` is false, but {_named(others)} set. "
+            "Set `extensions: true`, or remove what is set."
+        )
+
+
+def _quantized_reference_problems(config: GRPOConfig, options: ExtensionOptions) -> Iterator[str]:
+    keep: object = options.reference_keep_modules
+    if isinstance(keep, str):  # from a YAML, which is not held to the annotation
+        yield f"`reference_keep_modules` is {keep!r}, which is not a list. Write [{keep}]."
     if options.reference == "quantized" and config.sync_ref_model:
         yield (
             "`sync_ref_model` is true, but a quantized reference is frozen: 4-bit weights cannot "
             "be moved towards the policy. Set `sync_ref_model: false`, or `reference: resident`."
         )
-    if not options.extensions and given_kind + given:
+    plugin = getattr(config, "deepspeed_plugin", None)
+    if options.reference != "auto" and plugin is not None and plugin.zero_stage == 3:
         yield (
-            f"`extensions` is false, but {_named(given_kind + given)} set. "
-            "Remove the options, or set it to true."
+            f"`reference` is {options.reference!r}, but under DeepSpeed ZeRO-3 no process holds "
+            "the weights to build it from. Set `reference: auto`, or use FSDP2 or ZeRO-2."
         )
 
 

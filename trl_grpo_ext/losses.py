@@ -17,6 +17,18 @@ ImportanceLevel = Literal["token", "sequence"]
 KLEstimator = Literal["k1", "k2", "k3"]
 LossReduction = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo"]
 
+# How each loss type of TRL reduces its per-token values.
+LOSS_TYPE_REDUCTIONS: dict[str, LossReduction] = {
+    "grpo": "grpo",
+    "dr_grpo": "dr_grpo",
+    "dapo": "dapo",
+    "bnpo": "bnpo",
+    "cispo": "dapo",
+    "sapo": "grpo",
+    "luspo": "luspo",
+    "vespo": "dapo",
+}
+
 
 @dataclass(frozen=True)
 class GRPOLoss:

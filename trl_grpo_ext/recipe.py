@@ -6,6 +6,7 @@ import difflib
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+import psutil
 import torch
 import yaml
 from datasets import Dataset
@@ -102,6 +104,8 @@ def read_recipe(argv: Sequence[str] | None = None) -> Recipe:
     problems = _unknown_keys(arguments)
     run, task, model, *training = _parsed(arguments, problems)
     problems += _recipe_problems(run, task, model)
+    for config in training:
+        problems += _training_problems(model, config)
     if problems:
         raise ConfigurationError(problems)
     return Recipe(run, task, model, *training)
@@ -114,6 +118,9 @@ def run_recipe(run: Callable[[Recipe], int], argv: Sequence[str] | None = None) 
         The exit code: that of ``run``, or 1 with the error on standard error, without a traceback,
         if it is one that this package raises on purpose.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # So that Ctrl-C reaches the run and not the launcher, `make` has the launcher ignore it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         recipe = read_recipe(argv)
         if recipe.run.dry_run:
@@ -145,6 +152,7 @@ def check_recipe(recipe: Recipe) -> str:
             "",
             estimate.to_table(),
             f"available now: {available / 2**30:.1f} GiB, so it {verdict}.",
+            "Not counted: adapters (LoRA), a 4-bit policy, sharding over processes, vLLM.",
             "Dry run: everything was checked, no model was loaded.",
         ]
     )
@@ -170,6 +178,7 @@ def estimate_run_memory(recipe: Recipe, task: Task) -> MemoryEstimate:
         num_prompt_tokens=_longest_prompt(task),
         num_completion_tokens=cast(int, training.max_completion_length),
         dtype_bytes=2 if recipe.model.dtype in ("bfloat16", "float16") else 4,
+        compute_dtype_bytes=2 if training.bf16 or training.fp16 else None,
         gradient_checkpointing=training.gradient_checkpointing,
         reference=reference,
     )
@@ -227,23 +236,6 @@ class InterruptCallback(TrainerCallback):
         return self.interrupted
 
 
-def checked_checkpoint(training: ExtGRPOConfig) -> str | None:
-    """Return the checkpoint to resume from, if one was named.
-
-    Raises:
-        ConfigurationError: it is not a folder.
-    """
-    checkpoint = training.resume_from_checkpoint
-    if checkpoint is not None and not Path(checkpoint).is_dir():
-        raise ConfigurationError(
-            [
-                f"`resume_from_checkpoint` is {checkpoint!r}, which is not a folder. Name a "
-                "checkpoint-N folder of the run."
-            ]
-        )
-    return checkpoint
-
-
 def use_all_cores() -> None:
     """Share the cores between the processes, where the launcher left torch a single one."""
     if (
@@ -269,6 +261,11 @@ def compare_replies(held_out: Dataset, before: Accuracy, after: Accuracy) -> lis
     ]
 
 
+def minutes_since_start() -> float:
+    """Return the minutes since this process was started, imports included."""
+    return float(time.time() - psutil.Process().create_time()) / 60
+
+
 def how_to_resume(output_dir: Path) -> str:
     """Return what to tell a user whose run stopped after it saved a checkpoint."""
     checkpoint = get_last_checkpoint(str(output_dir))
@@ -287,6 +284,8 @@ def _parsed(arguments: list[str], problems: list[str]) -> tuple[Any, ...]:
         return parser.parse_args_and_config(arguments, fail_with_unknown_args=False)
     except ConfigurationError as error:
         problems += error.problems
+    except ValueError as error:  # a flag that does not exist
+        raise ConfigurationError([*problems, str(error)]) from error
     others = TrlParser(_OPTION_CLASSES[:-1])
     return others.parse_args_and_config(arguments, return_remaining_strings=True)[:-1]
 
@@ -322,12 +321,6 @@ def _recipe_problems(run: RunArguments, task: TaskArguments, model: ModelConfig)
             f"`eval_samples` is {run.eval_samples}, which is no number of replies. Use a positive "
             "number, or 0 for one greedy reply a prompt."
         )
-    sharded = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & os.environ.keys()
-    if run.eval_samples and sharded:
-        yield (
-            f"`eval_samples` is {run.eval_samples}, but the weights are sharded over processes, "
-            "where only greedy replies are measured. Set `eval_samples: 0`."
-        )
     if not task.rewards:
         yield (
             "`rewards` is empty, so nothing would be learned. List at least one, such as "
@@ -336,16 +329,45 @@ def _recipe_problems(run: RunArguments, task: TaskArguments, model: ModelConfig)
     yield from task_problems(task)
 
 
+def _training_problems(model: ModelConfig, training: ExtGRPOConfig) -> Iterator[str]:
+    checkpoint = training.resume_from_checkpoint
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        yield (
+            f"`resume_from_checkpoint` is {checkpoint!r}, which is not a folder. Name a "
+            "checkpoint-N folder of the run."
+        )
+    if training.reward_weights is not None:
+        yield (
+            "`reward_weights` is set, but a recipe takes weights from `rewards`. Remove it, and "
+            "give each reward its `weight`."
+        )
+    adapter = model.use_peft or model.load_in_4bit or model.load_in_8bit
+    if adapter and training.beta and training.reference != "auto":
+        yield (
+            f"`reference` is {training.reference!r}, but the policy is an adapter or quantized "
+            "(`use_peft`, `load_in_4bit`, `load_in_8bit`): with the adapter switched off it is its "
+            "own exact reference. Set `reference: auto`."
+        )
+
+
 def _unknown_keys(arguments: list[str]) -> list[str]:
     """Keys of the YAML that no option has, with the closest that one does."""
+    if any(argument.startswith("--config=") for argument in arguments):
+        raise ConfigurationError(["`--config=FILE` is not understood. Write `--config FILE`."])
     if "--config" not in arguments:
         return []
-    path = Path(arguments[arguments.index("--config") + 1])
+    following = arguments[arguments.index("--config") + 1 :]
+    if not following:
+        raise ConfigurationError(["`--config` needs a file. Recipes' YAMLs: recipes/configs/."])
+    path = Path(following[0])
     if not path.is_file():
         raise ConfigurationError(
             [f"`--config` {path} is not a file. Recipes' YAMLs are in recipes/configs/."]
         )
-    keys = yaml.safe_load(path.read_text())
+    try:
+        keys = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigurationError([f"{path} is not YAML: {error}"]) from error
     if not isinstance(keys, dict):
         raise ConfigurationError([f"{path} is not a mapping of option: value."])
     known = {f.name for options in _OPTION_CLASSES for f in fields(options)} | {"env"}

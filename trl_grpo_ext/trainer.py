@@ -9,7 +9,6 @@ the policy near the frozen reference of :meth:`~ExtGRPOTrainer.make_reference`.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, cast
@@ -25,8 +24,6 @@ from trl_grpo_ext.advantages import (
     RewardAggregation,
     RewardScale,
     multi_reward_advantages,
-    silent_groups,
-    weighted_reward,
 )
 from trl_grpo_ext.config import ExtensionOptions, configuration_problems
 from trl_grpo_ext.errors import ConfigurationError
@@ -57,7 +54,7 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
         _check_before_loading(self.__signature__.bind(*args, **kwargs).arguments)
         super().__init__(*args, **kwargs)
 
-    @functools.cached_property
+    @property
     def options(self) -> ExtensionOptions:
         """This package's options of the run."""
         return ExtensionOptions.of(self.args)
@@ -67,34 +64,33 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
         """Whether anything of this package is used (``extensions``)."""
         return self.options.extensions
 
-    def checked_reward(self, reward_func: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """Return the reward function with its scores checked: no silent step on a bad reward."""
-        return checking(reward_func, name=name)
+    def checked_reward(
+        self, reward_func: Callable[..., Any], name: str, count_non_finite: Callable[[int], None]
+    ) -> Callable[..., Any]:
+        """Return the reward function with its scores checked: a malformed one is never silent."""
+        return checking(reward_func, name=name, count_non_finite=count_non_finite)
 
-    def compute_advantages(self, rewards_BR: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-        """Return how much better each completion scored than its group, and the silent groups.
+    def compute_advantages(self, rewards_BR: Tensor, group_size: int) -> Tensor:
+        """Return how much better each completion scored than its group.
 
         Args:
             rewards_BR: Of all processes, shape ``(B, R)``, NaN where a reward was not given.
             group_size: ``G``; 1 is legal in evaluation, where every advantage is then 0.
 
         Returns:
-            Shapes ``(B,)`` and ``(P,)``.
+            Shape ``(B,)``.
         """
-        weights_R = self.reward_weights.to(rewards_BR.device)
-        silent_P = silent_groups(weighted_reward(rewards_BR, weights_R), group_size=group_size)
         if group_size == 1:
-            return torch.zeros_like(rewards_BR[:, 0]), silent_P
-        advantages_B = multi_reward_advantages(
+            return torch.zeros_like(rewards_BR[:, 0])
+        return multi_reward_advantages(
             rewards_BR,
             group_size=group_size,
-            weights_R=weights_R,
+            weights_R=self.reward_weights.to(rewards_BR.device),
             aggregation=cast(RewardAggregation, self.multi_objective_aggregation),
             baseline=self.options.advantage_baseline,
             scale=cast(RewardScale, self.scale_rewards),
             eps=self.options.advantage_eps,
         )
-        return advantages_B, silent_P
 
     @property
     def replaces_kl(self) -> bool:
@@ -131,12 +127,12 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
         options = self.options
         if options.reference == "auto":
             return None
-        double = options.reference_double_quantization
+        block_size, double = options.reference_block_size, options.reference_double_quantization
         reference = build_reference(
             policy,
             kind=options.reference,
             quantization=options.reference_quantization or "nf4",
-            block_size=options.reference_block_size or 64,
+            block_size=64 if block_size is None else block_size,
             double_quantization=True if double is None else double,
             keep_modules=options.reference_keep_modules or (),
         )
@@ -157,6 +153,11 @@ def _check_before_loading(arguments: dict[str, Any]) -> None:
             f"`reference` is {options.reference!r}, but the policy is a PEFT model: "
             "with its adapter switched off it is its own exact reference, at no memory. "
             "Remove `reference`, or set `reference: auto`."
+        )
+    if arguments.get("quantization_config") is not None and options.reference != "auto":
+        problems.append(
+            f"`reference` is {options.reference!r}, but the policy is loaded quantized "
+            "(`quantization_config`, `load_in_4bit`). Remove `reference`, or set it to auto."
         )
     if problems:
         raise ConfigurationError(problems)

@@ -107,8 +107,9 @@ def test_everything_a_method_lost_is_on_one_line(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", rewritten)
     assert contract_problems() == [
         "GRPOTrainer._compute_loss lost its parameter `inputs`, its use of "
-        "`use_bias_correction_kl`, its key 'ref_per_token_logps', its key 'old_per_token_logps', "
-        "its key 'completion_mask', its key 'num_items_in_batch', its key 'kl'"
+        "`use_bias_correction_kl`, its use of `loss_type`, its use of `steps_per_generation`, "
+        "its key 'ref_per_token_logps', its key 'old_per_token_logps', "
+        "its key 'completion_mask', its key 'tool_mask', its key 'num_items_in_batch', its key 'kl'"
     ]
 
 
@@ -129,6 +130,7 @@ def test_a_member_counts_if_an_inner_function_or_a_decorated_one_uses_it(
 def test_a_key_counts_if_an_inner_function_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def _compute_loss(self: Any, model: Any, inputs: Any) -> Any:
         self.use_bias_correction_kl = self.importance_sampling_level = self.beta
+        self.loss_type = self.steps_per_generation = inputs["tool_mask"]
         return lambda: (
             self.current_gradient_accumulation_steps,
             [inputs["ref_per_token_logps"], inputs["old_per_token_logps"]],

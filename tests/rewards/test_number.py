@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_grpo_ext.errors import RewardError
-from trl_grpo_ext.rewards.number import LastNumberReward, last_number
+from trl_grpo_ext.errors import ConfigurationError, RewardError
+from trl_grpo_ext.rewards.number import LastNumberReward, NumberDistanceReward, last_number
 
 
 @pytest.mark.parametrize(
@@ -142,3 +142,20 @@ def test_last_number_reward_names_the_columns_when_the_answers_are_missing() -> 
         "can be checked. Set `answer_column` in the `arguments` of this reward to the column that "
         "holds the gold answer."
     )
+
+
+def test_number_distance_falls_with_the_distance_by_hand() -> None:
+    reward = NumberDistanceReward(span=4)
+    replies = ["7", "it is 6.", "8", "2", "100", "-7", "no number", "9" * 5000]
+    # Distances 0, 1, 1, 5, 93, 14, none, huge.
+    assert reward(completions=replies, answer=["7"] * 8) == [1.0, 0.75, 0.75, 0, 0, 0, 0, 0]
+
+
+def test_number_distance_is_unscored_when_the_gold_answer_is_no_number() -> None:
+    assert NumberDistanceReward(span=4)(completions=["7"], answer=["seven"]) == [None]
+
+
+@pytest.mark.parametrize("span", [0, -1, float("nan")])
+def test_number_distance_refuses_a_span_that_is_not_positive(span: float) -> None:
+    with pytest.raises(ConfigurationError, match="`span`="):
+        NumberDistanceReward(span=span)

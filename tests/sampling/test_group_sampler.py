@@ -338,6 +338,30 @@ def test_top_p_draws_from_the_fewest_tokens_that_hold_the_mass(
     assert {ids[0] for ids in one.completion_ids} <= {ids[0] for ids in three.completion_ids}
 
 
+def test_temperature_zero_takes_the_likeliest_token_with_the_logprobs_of_temperature_one(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    prompts = ["1+2=", "b?", "a"]
+    samples = group_sample(
+        tiny_model,
+        tiny_tokenizer,
+        prompts,
+        num_generations=2,
+        max_new_tokens=12,
+        temperature=0.0,
+    )
+    alone = [
+        tiny_model.generate(
+            torch.tensor([tiny_tokenizer(prompt).input_ids]), do_sample=False, max_new_tokens=12
+        )[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    assert samples.completion_ids == [ids for ids in alone for _ in range(2)]
+    assert [len(ids) for ids in alone] == [1, 4, 12]  # the model ends two of them
+    logprobs_BT = token_logprobs(tiny_model, samples, temperature=1.0)
+    torch.testing.assert_close(samples.policy_logprobs_BT, logprobs_BT, atol=1e-5, rtol=0)
+
+
 # --- how completions end ---------------------------------------------------------------------
 
 
@@ -542,8 +566,8 @@ def test_a_text_gets_the_special_tokens_of_its_tokenizer_also_beside_a_conversat
         (["1", ""], {}, "`prompts[1]` has no token"),
         (["1"], {"num_generations": 0}, "`num_generations` is 0; it must be at least 1"),
         (["1"], {"max_new_tokens": 0}, "`max_new_tokens` is 0; it must be at least 1"),
-        (["1"], {"temperature": 0.0}, "`temperature` is 0.0; it must be above 0"),
-        (["1"], {"temperature": math.nan}, "`temperature` is nan; it must be above 0"),
+        (["1"], {"temperature": -0.5}, "`temperature` is -0.5; it must be at least 0"),
+        (["1"], {"temperature": math.nan}, "`temperature` is nan; it must be at least 0"),
         (["1"], {"top_p": 0.0}, "`top_p`=0.0 must be in (0, 1]"),
         (["1"], {"top_p": 1.1}, "`top_p`=1.1 must be in (0, 1]"),
         (["1"], {"top_k": -1}, "`top_k`=-1 at least 0"),

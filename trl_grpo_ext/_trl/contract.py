@@ -56,7 +56,7 @@ SEAMS = (
         ),
         constants=("advantages",),
     ),
-    Seam("_generate_single_turn", parameters=("prompt_ids", "num_generations")),
+    Seam("_generate", parameters=("prompts",)),
     Seam(
         "_get_per_token_logps_and_entropies",
         parameters=("model", "input_ids", "attention_mask", "logits_to_keep"),
@@ -69,7 +69,17 @@ SEAMS = (
     Seam(
         "_generate_and_score_completions",
         parameters=("inputs",),
-        names=("_calculate_rewards", "_logs", "_metrics", "num_generations_eval", "reward_weights"),
+        names=(
+            "_calculate_rewards",
+            "_generate",
+            "_logs",
+            "_metrics",
+            "multi_objective_aggregation",
+            "num_generations_eval",
+            "process_index",
+            "reward_weights",
+            "scale_rewards",
+        ),
         constants=("advantages", "frac_reward_zero_std"),
     ),
     Seam(
@@ -80,11 +90,14 @@ SEAMS = (
             "use_bias_correction_kl",
             "importance_sampling_level",
             "current_gradient_accumulation_steps",
+            "loss_type",
+            "steps_per_generation",
         ),
         constants=(
             "ref_per_token_logps",
             "old_per_token_logps",
             "completion_mask",
+            "tool_mask",
             "num_items_in_batch",
             "kl",
         ),

@@ -22,12 +22,9 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from trl_grpo_ext._trl.contract import check_contract
-from trl_grpo_ext.losses import ImportanceLevel, LossReduction
+from trl_grpo_ext.losses import LOSS_TYPE_REDUCTIONS, ImportanceLevel, LossReduction
 
 check_contract()
-
-# How TRL's loss types reduce per-token values, in the words of `losses.reduce_tokens`.
-_REDUCTIONS: dict[str, LossReduction] = {"sapo": "grpo", "cispo": "dapo", "vespo": "dapo"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
         self._policy_logprobs: Tensor | None = None
         self._keep_policy_logprobs = False
         self._rewards_per_func: Tensor | None = None
+        self._num_non_finite: dict[str, int] = {}
         with _reference_from(self):
             super().__init__(*args, **kwargs)
 
@@ -84,17 +82,17 @@ class SeamedGRPOTrainer(GRPOTrainer):
         """Return the frozen reference for this policy, or ``None`` to have TRL load its own."""
         return None
 
-    def checked_reward(self, reward_func: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """Return the reward function that TRL calls in the place of ``reward_func``."""
+    def checked_reward(
+        self, reward_func: Callable[..., Any], name: str, count_non_finite: Callable[[int], None]
+    ) -> Callable[..., Any]:
+        """Return the reward function that TRL calls in the place of ``reward_func``.
+
+        It reports to ``count_non_finite`` how many of its scores were not finite.
+        """
         return reward_func
 
-    def compute_advantages(
-        self, rewards_BR: Tensor, group_size: int
-    ) -> tuple[Tensor, Tensor] | None:
-        """Return advantages, shape ``(B,)``, and the silent groups, shape ``(P,)``.
-
-        ``None`` keeps TRL's.
-        """
+    def compute_advantages(self, rewards_BR: Tensor, group_size: int) -> Tensor | None:
+        """Return the advantages, shape ``(B,)``; ``None`` keeps TRL's."""
         return None
 
     @property
@@ -117,23 +115,27 @@ class SeamedGRPOTrainer(GRPOTrainer):
 
     # Sampling and rewards -------------------------------------------------------------------------
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
         with self._phase("generation"):
-            return super()._generate_single_turn(*args, **kwargs)
+            return super()._generate(*args, **kwargs)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self.extended:
             return cast(Tensor, super()._calculate_rewards(*args, **kwargs))
+        self._num_non_finite = dict.fromkeys(self.reward_func_names, 0)
         with self._phase("rewards"), self._checked_rewards():
             rewards_BR: Tensor = super()._calculate_rewards(*args, **kwargs)
-        self._rewards_per_func = rewards_BR = self._without_infinities(rewards_BR)
-        return rewards_BR
+        self._log_non_finite(rewards_BR)
+        self._rewards_per_func = rewards_BR.masked_fill(rewards_BR.isinf(), torch.nan)
+        return self._rewards_per_func
 
     @contextmanager
     def _checked_rewards(self) -> Iterator[None]:
         given = self.reward_funcs
         self.reward_funcs = [
-            func if isinstance(func, nn.Module) else self.checked_reward(cast(Any, func), name)
+            func
+            if isinstance(func, nn.Module)
+            else self.checked_reward(cast(Any, func), name, functools.partial(self._count, name))
             for func, name in zip(given, self.reward_func_names, strict=True)
         ]
         try:
@@ -141,15 +143,19 @@ class SeamedGRPOTrainer(GRPOTrainer):
         finally:
             self.reward_funcs = given
 
-    def _without_infinities(self, rewards_BR: Tensor) -> Tensor:
-        """Leave completions unscored whose reward overflowed in a reward model, and count them."""
-        infinite_BR = rewards_BR.isinf()
-        for name, count in zip(
-            self.reward_func_names, infinite_BR.sum(dim=0).tolist(), strict=True
+    def _count(self, name: str, num_non_finite: int) -> None:
+        self._num_non_finite[name] += num_non_finite
+
+    def _log_non_finite(self, rewards_BR: Tensor) -> None:
+        """Log how many scores of each reward were NaN or infinite, over all processes."""
+        local = torch.tensor(list(self._num_non_finite.values()), device=rewards_BR.device)
+        by_function = self.accelerator.reduce(local, reduction="sum").tolist()
+        by_model = (~rewards_BR.isfinite()).sum(dim=0).tolist()
+        for i, (func, name) in enumerate(
+            zip(self.reward_funcs, self.reward_func_names, strict=True)
         ):
-            if count:
-                self._metrics[self._mode][f"rewards/{name}/non_finite"].append(float(count))
-        return rewards_BR.masked_fill(infinite_BR, torch.nan)
+            count = by_model[i] if isinstance(func, nn.Module) else by_function[i]
+            self._metrics[self._mode][f"rewards/{name}/non_finite"].append(float(count))
 
     # Advantages -----------------------------------------------------------------------------------
 
@@ -159,13 +165,13 @@ class SeamedGRPOTrainer(GRPOTrainer):
         if not self.extended or rewards_BR is None:
             return output
         group_size = self.num_generations if self._mode == "train" else self.num_generations_eval
-        result = self.compute_advantages(rewards_BR, cast(int, group_size))
-        if result is not None:
-            self._replace_advantages(output, *result)
+        advantages_B = self.compute_advantages(rewards_BR, cast(int, group_size))
+        if advantages_B is not None:
+            self._replace_advantages(output, advantages_B, cast(int, group_size))
         return output
 
     def _replace_advantages(
-        self, output: dict[str, Any], advantages_B: Tensor, silent_P: Tensor
+        self, output: dict[str, Any], advantages_B: Tensor, group_size: int
     ) -> None:
         num_local = len(output["advantages"])
         start = self.accelerator.process_index * num_local
@@ -174,6 +180,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
         for _ in range(min(len(logged), len(advantages_B))):
             logged.pop()
         logged.extend(advantages_B.tolist())
+        silent_P = (advantages_B.view(-1, group_size) == 0).all(dim=1)
         self._metrics[self._mode]["frac_reward_zero_std"][-1] = silent_P.float().mean().item()
 
     # Log-probabilities and loss -------------------------------------------------------------------
@@ -227,7 +234,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
             ref_logprobs_BT=inputs["ref_per_token_logps"],
             mask_BT=mask_BT,
             importance_level=cast(ImportanceLevel, self.importance_sampling_level),
-            reduction=_REDUCTIONS.get(self.loss_type, cast(LossReduction, self.loss_type)),
+            reduction=LOSS_TYPE_REDUCTIONS[self.loss_type],
             num_tokens=num_tokens,
             accumulation_steps=self.current_gradient_accumulation_steps if training else 1,
         )
@@ -258,7 +265,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
         """Count the seconds spent inside towards phase ``name`` of the current optimizer step."""
         start = time.perf_counter()
         yield
-        if self._mode == "train":
+        if self.extended and self._mode == "train":
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self._phase_seconds[name] += time.perf_counter() - start

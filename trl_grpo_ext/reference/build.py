@@ -67,8 +67,9 @@ def build_reference(
         A model of the policy's class and on its device. None of its parameters requires a gradient.
 
     Raises:
-        ReferenceModelError: the policy is a PEFT model, is already quantized, is sharded or not
-            loaded on this process, or has no linear layer to quantize.
+        ReferenceModelError: ``keep_modules`` names a module that is not there; or the policy is a
+            PEFT model, is already quantized, is sharded or not loaded on this process, or has no
+            linear layer to quantize.
 
     References:
         Dettmers et al. 2023, QLoRA, arXiv:2305.14314.
@@ -130,6 +131,12 @@ def _quantizable(
     policy: PreTrainedModel, keep_modules: Sequence[str]
 ) -> Iterator[tuple[nn.Module, Tensor]]:
     """Linear layers with their weights as ``(out_features, in_features)``."""
+    names = {name.rpartition(".")[2] for name, _ in policy.named_modules()}
+    if unknown := sorted(set(keep_modules) - names):
+        raise ReferenceModelError(
+            f"`reference_keep_modules` names {', '.join(unknown)}, but {type(policy).__name__} has "
+            f"no such module. Its linear layers are among: {', '.join(_linear_names(policy))}."
+        )
     kept = {id(policy.get_output_embeddings())}
     for name, module in policy.named_modules():
         if id(module) in kept or name.rpartition(".")[2] in keep_modules:
@@ -138,6 +145,11 @@ def _quantizable(
             yield module, module.weight
         elif isinstance(module, Conv1D):
             yield module, module.weight.T
+
+
+def _linear_names(policy: PreTrainedModel) -> list[str]:
+    linear = [n for n, module in policy.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def _check_policy(policy: PreTrainedModel) -> None:

@@ -15,8 +15,8 @@ QuantizationType = Literal["nf4", "fp4"]
 class QuantizedLinear(nn.Module):
     """A frozen linear layer with its weight in blockwise 4-bit code, dequantized for each use.
 
-    Everything is stored as buffers: an optimizer never sees them, FSDP and ZeRO leave them whole,
-    and a change of the module's dtype moves the scales to a device but does not round them.
+    Everything is stored as buffers: an optimizer never sees them, FSDP leaves them whole on each
+    process, and a change of the module's dtype moves the scales to a device but does not round them.
 
     Args:
         weight: Shape ``(out_features, in_features)``, any floating dtype; it is read, not kept.

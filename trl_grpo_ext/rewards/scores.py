@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from trl_grpo_ext.errors import RewardError
 
@@ -33,15 +33,16 @@ def checked_scores(values: object, *, name: str, num_completions: int) -> tuple[
         >>> checked_scores([1, None, float("nan")], name="mine", num_completions=3)
         ([1.0, None, None], 1)
     """
-    if isinstance(values, str | bytes) or not (
-        hasattr(values, "__len__") and hasattr(values, "__iter__")
-    ):
+    try:
+        listed = None if isinstance(values, str | bytes) else list(cast(Any, values))
+    except TypeError:  # a number, a coroutine, a tensor without dimensions
+        listed = None
+    if listed is None:
         raise RewardError(
             f"The reward function '{name}' returned {_shown(values)}, not a list. "
             "Return one number (or None for 'could not be scored') for "
             f"each of the {num_completions} completions."
         )
-    listed = list(values)
     if len(listed) != num_completions:
         raise RewardError(
             f"The reward function '{name}' returned {len(listed)} rewards, "
@@ -53,43 +54,50 @@ def checked_scores(values: object, *, name: str, num_completions: int) -> tuple[
     return finite, sum(score is not None and not math.isfinite(score) for score in scores)
 
 
-def checking(reward_func: Callable[..., Any], *, name: str) -> Callable[..., Any]:
+def checking(
+    reward_func: Callable[..., Any], *, name: str, count_non_finite: Callable[[int], None]
+) -> Callable[..., Any]:
     """Return the reward function with its scores checked, for a trainer to call.
 
-    Non-finite scores become ``None`` and are counted in the metric ``rewards/<name>/non_finite``,
-    through the ``log_metric`` that TRL passes to reward functions. An asynchronous function stays
-    asynchronous.
+    Scores that are NaN or infinite become ``None``. An asynchronous function stays asynchronous.
+
+    Args:
+        reward_func: A TRL reward function.
+        name: Under which it is logged.
+        count_non_finite: Called after each call with the number of scores that were not finite.
 
     Raises:
         RewardError: from the returned function, as :func:`checked_scores`.
     """
 
-    def finish(
-        values: object, prompts: Sequence[object], log_metric: Callable[[str, float], None]
-    ) -> list[Score]:
+    def finish(values: object, prompts: Sequence[object]) -> list[Score]:
         scores, num_bad = checked_scores(values, name=name, num_completions=len(prompts))
-        if num_bad:
-            log_metric(f"rewards/{name}/non_finite", float(num_bad))
+        count_non_finite(num_bad)
         return scores
 
-    if inspect.iscoroutinefunction(reward_func) or inspect.iscoroutinefunction(
-        type(reward_func).__call__
-    ):
+    if is_asynchronous(reward_func):
 
-        async def checked_async(
-            *, prompts: Sequence[object], log_metric: Any, **kwargs: Any
-        ) -> list[Score]:
-            values = await reward_func(prompts=prompts, log_metric=log_metric, **kwargs)
-            return finish(values, prompts, log_metric)
+        async def checked_async(*, prompts: Sequence[object], **kwargs: Any) -> list[Score]:
+            return finish(await reward_func(prompts=prompts, **kwargs), prompts)
 
         return checked_async
 
-    @functools.wraps(reward_func, updated=())
-    def checked(*, prompts: Sequence[object], log_metric: Any, **kwargs: Any) -> list[Score]:
-        values = reward_func(prompts=prompts, log_metric=log_metric, **kwargs)
-        return finish(values, prompts, log_metric)
+    def checked(*, prompts: Sequence[object], **kwargs: Any) -> list[Score]:
+        return finish(reward_func(prompts=prompts, **kwargs), prompts)
 
     return checked
+
+
+def is_asynchronous(reward_func: Callable[..., Any]) -> bool:
+    """Return whether calling the function gives something to await.
+
+    Looks through ``functools.partial`` and at the ``__call__`` of an object, as TRL does.
+    """
+    while isinstance(reward_func, functools.partial):
+        reward_func = reward_func.func
+    return inspect.iscoroutinefunction(reward_func) or inspect.iscoroutinefunction(
+        type(reward_func).__call__
+    )
 
 
 def _number(value: object, *, name: str, index: int) -> Score:
@@ -99,7 +107,9 @@ def _number(value: object, *, name: str, index: int) -> Score:
         if isinstance(value, str | bytes):
             raise TypeError
         return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except OverflowError:  # an integer beyond every float
+        return math.inf
+    except (TypeError, ValueError, RuntimeError):
         raise RewardError(
             f"The reward function '{name}' returned {_shown(value)} for completion {index}, which "
             "is not a number. Return a float, or None for a completion that could not be scored."

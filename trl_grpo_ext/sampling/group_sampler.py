@@ -34,8 +34,8 @@ class GroupSamples:
         prompt_ids: Its tokens.
         completion_ids: Sampled tokens, the end-of-sequence token included.
         completions: Their text, without special tokens.
-        policy_logprobs: Log-probability of each sampled token under temperature alone: what the
-            loss uses.
+        policy_logprobs: Log-probability of each sampled token under temperature alone (1 where
+            greedy): what the loss uses.
         sampling_logprobs: Log-probability under everything that shaped the draw (temperature,
             top-k, top-p).
         finish_reasons: ``"stop"`` after an end-of-sequence token, ``"length"`` at the limit.
@@ -91,7 +91,8 @@ def group_sample(
         prompts: ``P`` texts, or conversations (lists of messages), which get the chat template.
         num_generations: ``G``, at least 1.
         max_new_tokens: Tokens a completion at most, at least 1.
-        temperature: Logits are divided by it, above 0.
+        temperature: Logits are divided by it; 0 for the likeliest token each time (greedy), with
+            the log-probabilities of temperature 1.
         top_p: Share of the probability mass to draw from, in (0, 1].
         top_k: Number of likeliest tokens to draw from; 0 for all.
         seed: Of the draws, so that the same call gives the same completions on the same device; the
@@ -151,7 +152,7 @@ def token_logprobs(
     Args:
         model: A causal language model: the policy, or the reference.
         samples: From :func:`group_sample`.
-        temperature: Of the sampling.
+        temperature: Of the sampling; above 0, so 1 if it was greedy.
 
     Returns:
         Shape ``(B, T)``, float32, natural logarithm, on the model's device; 0 on padding.
@@ -208,11 +209,14 @@ def _sample(
     rows = [_Row([], [], []) for _ in range(len(logits))]
     active = list(rows)
     for _ in range(max_new_tokens):
-        policy_BV = (logits.float() / temperature).log_softmax(dim=-1)
+        policy_BV = (logits.float() / (temperature or 1.0)).log_softmax(dim=-1)
         sampling_BV = warpers(
             cast(torch.LongTensor, input_ids), cast(torch.FloatTensor, policy_BV)
         ).log_softmax(dim=-1)
-        tokens_B1 = torch.multinomial(sampling_BV.exp(), 1, generator=generator)
+        if temperature == 0:
+            tokens_B1 = logits.argmax(dim=-1, keepdim=True)
+        else:
+            tokens_B1 = torch.multinomial(sampling_BV.exp(), 1, generator=generator)
         _append(
             active,
             tokens_B1,
@@ -321,10 +325,10 @@ def _check(
     for name, value in (("num_generations", num_generations), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise ValueError(f"`{name}` is {value}; it must be at least 1.")
-    if not temperature > 0:
+    if not temperature >= 0:
         raise ValueError(
             f"`temperature` is {temperature}; "
-            "it must be above 0 (a group of one draw has no spread)."
+            "it must be at least 0 (0 takes the likeliest token each time)."
         )
     if not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(f"`top_p`={top_p} must be in (0, 1], and `top_k`={top_k} at least 0.")
