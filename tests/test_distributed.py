@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-SCRIPT = '''
+TRAIN = '''
 import json, sys, warnings
 warnings.filterwarnings("ignore")
 import torch
@@ -54,14 +54,40 @@ if trainer.accelerator.is_main_process:
 '''
 
 
-def run(folder: Path, model: Path, *, processes: int, **options: Any) -> dict[str, Any]:
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    out = folder / f"out{processes}"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    arguments = [str(model), str(out), str(8 // processes), json.dumps(options)]
+SHARD = """
+import sys, warnings
+warnings.filterwarnings("ignore")
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+from trl_grpo_ext.reference import QuantizedLinear, build_reference
+
+mesh = init_device_mesh("cpu", (2,))
+reference = build_reference(AutoModelForCausalLM.from_pretrained(sys.argv[1]))
+ids = torch.arange(20)[None]
+with torch.no_grad():
+    expected = reference(ids).logits
+    for layer in reference.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(reference, mesh=mesh)
+    found = reference(ids).logits
+kept = [m for m in reference.modules() if isinstance(m, QuantizedLinear)]
+whole = all(not hasattr(buffer, "placements") for m in kept for buffer in m.buffers())
+norms = [p for layer in reference.model.layers for p in layer.parameters()]
+sharded = all(hasattr(parameter, "placements") for parameter in norms)
+torch.save([torch.equal(expected, found), whole, sharded, len(kept)], sys.argv[2] + ".pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def launch(script: str, folder: Path, *arguments: object, processes: int) -> Any:
+    """Run the script in some processes; return what they saved to ``<second argument>.pt``."""
+    path = folder / "script.py"
+    path.write_text(script)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*launch, "--nproc_per_node", str(processes), str(script), *arguments],
+        [*torchrun, "--nproc_per_node", str(processes), str(path), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=250,
@@ -69,8 +95,7 @@ def run(folder: Path, model: Path, *, processes: int, **options: Any) -> dict[st
         env={**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, Any] = torch.load(f"{out}.pt", weights_only=False)
-    return result
+    return torch.load(f"{arguments[1]}.pt", weights_only=False)
 
 
 @pytest.mark.parametrize(
@@ -84,13 +109,34 @@ def run(folder: Path, model: Path, *, processes: int, **options: Any) -> dict[st
 def test_two_processes_give_what_one_gives(
     tiny_model_dir: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    one = run(tmp_path, tiny_model_dir, processes=1, **options)
-    two = run(tmp_path, tiny_model_dir, processes=2, **options)
+    one, two = (
+        launch(
+            TRAIN,
+            tmp_path,
+            tiny_model_dir,
+            tmp_path / f"out{processes}",
+            8 // processes,
+            json.dumps(options),
+            processes=processes,
+        )
+        for processes in (1, 2)
+    )
     assert one["advantages"] == pytest.approx(two["advantages"], abs=1e-6)
     assert any(one["advantages"])
     for left, right in zip(one["history"], two["history"], strict=True):
-        # A mean over completions of different lengths is a mean of means for two processes.
         for key in left:
             assert left[key] == pytest.approx(right[key], rel=1e-3, abs=1e-5), key
     for name, weight in one["weights"].items():
         torch.testing.assert_close(weight, two["weights"][name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_quantized_reference_stays_whole_and_right_under_fsdp2(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    equal, whole, sharded, num_quantized = launch(
+        SHARD, tmp_path, tiny_model_dir, tmp_path / "out", processes=2
+    )
+    assert equal
+    assert whole
+    assert sharded
+    assert num_quantized == 14  # 7 linear layers in each of 2 layers
