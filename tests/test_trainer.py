@@ -345,6 +345,13 @@ def test_trainer_leaves_a_reward_that_is_not_finite_out_and_counts_it(
     assert trainer.reward_funcs == [sometimes]
 
 
+def test_trainer_takes_two_rewards_of_one_name(tiny_model_dir: Path, tmp_path: Path) -> None:
+    rewards = [lambda **kwargs: vowels(**kwargs), lambda **kwargs: short(**kwargs)]
+    history, _ = train(ext_trainer(tiny_model_dir, tmp_path, rewards=rewards))
+    expected, _ = train(ext_trainer(tiny_model_dir, tmp_path, rewards=[vowels, short]))
+    assert series(history, "reward") == series(expected, "reward")
+
+
 def test_trainer_counts_no_bad_rewards_where_there_are_none(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:

@@ -67,7 +67,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
         self._policy_logprobs: Tensor | None = None
         self._keep_policy_logprobs = False
         self._rewards_per_func: Tensor | None = None
-        self._num_non_finite: dict[str, int] = {}
+        self._num_non_finite: list[int] = []
         with _reference_from(self):
             super().__init__(*args, **kwargs)
 
@@ -122,7 +122,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self.extended:
             return cast(Tensor, super()._calculate_rewards(*args, **kwargs))
-        self._num_non_finite = dict.fromkeys(self.reward_func_names, 0)
+        self._num_non_finite = [0] * len(self.reward_funcs)
         with self._phase("rewards"), self._checked_rewards():
             rewards_BR: Tensor = super()._calculate_rewards(*args, **kwargs)
         self._log_non_finite(rewards_BR)
@@ -135,20 +135,20 @@ class SeamedGRPOTrainer(GRPOTrainer):
         self.reward_funcs = [
             func
             if isinstance(func, nn.Module)
-            else self.checked_reward(cast(Any, func), name, functools.partial(self._count, name))
-            for func, name in zip(given, self.reward_func_names, strict=True)
+            else self.checked_reward(cast(Any, func), name, functools.partial(self._count, i))
+            for i, (func, name) in enumerate(zip(given, self.reward_func_names, strict=True))
         ]
         try:
             yield
         finally:
             self.reward_funcs = given
 
-    def _count(self, name: str, num_non_finite: int) -> None:
-        self._num_non_finite[name] += num_non_finite
+    def _count(self, reward: int, num_non_finite: int) -> None:
+        self._num_non_finite[reward] += num_non_finite
 
     def _log_non_finite(self, rewards_BR: Tensor) -> None:
         """Log how many scores of each reward were NaN or infinite, over all processes."""
-        local = torch.tensor(list(self._num_non_finite.values()), device=rewards_BR.device)
+        local = torch.tensor(self._num_non_finite, device=rewards_BR.device)
         by_function = self.accelerator.reduce(local, reduction="sum").tolist()
         by_model = (~rewards_BR.isfinite()).sum(dim=0).tolist()
         for i, (func, name) in enumerate(

@@ -16,7 +16,8 @@ class QuantizedLinear(nn.Module):
     """A frozen linear layer with its weight in blockwise 4-bit code, dequantized for each use.
 
     Everything is stored as buffers: an optimizer never sees them, FSDP leaves them whole on each
-    process, and a change of the module's dtype moves the scales to a device but does not round them.
+    process, and a change of the module's dtype leaves them as they are, so that no scale is
+    rounded.
 
     Args:
         weight: Shape ``(out_features, in_features)``, any floating dtype; it is read, not kept.
