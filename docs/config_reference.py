@@ -1,42 +1,66 @@
-"""Write docs/reference/config.md from the class; a test compares the two."""
+"""Write docs/reference/*.md from the classes; a test compares the two."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
 from trl_grpo_ext.config import ExtensionOptions
+from trl_grpo_ext.data import TaskArguments
+from trl_grpo_ext.recipe import RunArguments
 
-PAGE = Path(__file__).parent / "reference" / "config.md"
-HEAD = """# Options
+HERE = Path(__file__).parent / "reference"
+TABLE = "| option | default | what it does |\n|---|---|---|\n"
+TRAINER = """# Options of the trainer
 
 `ExtGRPOConfig` has every option of `trl.GRPOConfig` and these. With the defaults, training equals
 plain TRL, but for groups of equal rewards, which teach exactly nothing, and for rewards that are
 NaN or infinite, which are left out. Options of the reference are unset until you set them; what
 they then stand for is in the text. This page is written by `python docs/config_reference.py`.
 
-| option | default | what it does |
-|---|---|---|
+"""
+RECIPE = """# Keys of a recipe's YAML
+
+A recipe takes these keys, those of the [trainer](config.md), every option of `trl.GRPOConfig`
+(`output_dir`, `max_steps`, `learning_rate`, `num_generations`, ...) and those of `trl.ModelConfig`
+(`model_name_or_path`, `dtype`, `use_peft`, `lora_r`, ...). Each can be given on the command line
+too, as `--key value`. This page is written by `python docs/config_reference.py`.
+
 """
 
 
-def page() -> str:
-    """Return the page that the class stands for."""
-    return HEAD + "".join(_row(option) for option in fields(ExtensionOptions))
+def pages() -> dict[str, str]:
+    """Return each page that the classes stand for, by file name."""
+    return {
+        "config.md": TRAINER + _table(ExtensionOptions),
+        "recipe.md": RECIPE
+        + f"## Task\n\n{_table(TaskArguments)}\n## Run\n\n{_table(RunArguments)}",
+    }
+
+
+def _table(options: type) -> str:
+    return TABLE + "".join(_row(option) for option in fields(options))
 
 
 def _row(option: Field[Any]) -> str:
-    assert option.default is not MISSING
     text = option.metadata["help"].replace("|", "\\|")
-    return f"| `{option.name}` | `{_yaml(option.default)}` | {text} |\n"
+    return f"| `{option.name}` | {_default(option)} | {text} |\n"
+
+
+def _default(option: Field[Any]) -> str:
+    if option.default_factory is not MISSING:
+        return "`[]`"
+    return "needed" if option.default is MISSING else f"`{_yaml(option.default)}`"
 
 
 def _yaml(value: object) -> str:
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return str(value)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    for name, text in pages().items():
+        (HERE / name).write_text(text)

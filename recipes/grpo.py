@@ -62,7 +62,7 @@ def run(recipe: Recipe) -> int:
             settings=recipe.settings,
             examples=compare_replies(task.held_out, before, after),
         )
-        print(f"Model, report and completions are in {output_dir}. Read {report}.")
+        print(f"The model and its report are in {output_dir}. Read {report}.")
     if recipe.training.push_to_hub:
         trainer.push_to_hub(dataset_name=recipe.task.dataset)
     return 0

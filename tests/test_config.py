@@ -146,7 +146,9 @@ def test_options_of_a_plain_trl_config_are_the_defaults() -> None:
     assert ExtensionOptions.of(GRPOConfig(**BASE)) == ExtensionOptions()
 
 
-def test_config_reference_page_is_that_of_the_class() -> None:
+def test_reference_pages_are_those_of_the_classes() -> None:
     docs = Path(__file__).parents[1] / "docs"
-    page = runpy.run_path(str(docs / "config_reference.py"))["page"]
-    assert (docs / "reference" / "config.md").read_text() == page()
+    pages = runpy.run_path(str(docs / "config_reference.py"))["pages"]()
+    assert set(pages) == {path.name for path in (docs / "reference").glob("*.md")}
+    for name, text in pages.items():
+        assert (docs / "reference" / name).read_text() == text

@@ -324,7 +324,7 @@ def test_task_problems_names_the_extra_when_reasoning_gym_is_not_installed(
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     assert only_problem(sums()) == (
         "`dataset`='reasoning_gym:chain_sum' needs reasoning-gym, which is not installed, so no "
-        "question can be drawn. Run: pip install 'trl-grpo-ext[quickstart]'"
+        "question can be drawn. Run: pip install reasoning-gym gguf"
     )
 
 

@@ -44,7 +44,7 @@ def test_quickstart_names_the_missing_module_and_the_extra(
     found = feature("quickstart")
     assert not found.usable
     assert found.detail.startswith("gguf not installed")
-    assert "trl-grpo-ext[quickstart]" in found.detail
+    assert "pip install reasoning-gym gguf" in found.detail
 
 
 def test_push_to_hub_never_shows_the_token(monkeypatch: pytest.MonkeyPatch) -> None:

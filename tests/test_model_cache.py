@@ -338,7 +338,7 @@ def test_prepare_packaged_names_the_extra_when_gguf_is_not_installed(
         prepare_packaged(packaged, name="some/tiny", cache_dir=tmp_path)
     assert str(error.value) == (
         "the packaged model 'some/tiny' is a GGUF file, and the package gguf, which reads it, is "
-        "not installed. Run: pip install 'trl-grpo-ext[quickstart]'"
+        "not installed. Run: pip install reasoning-gym gguf"
     )
 
 

@@ -23,7 +23,7 @@ from trl_grpo_ext.recipe import (
     InterruptCallback,
     how_to_resume,
     read_recipe,
-    use_all_cores,
+    set_cpu_threads,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +62,7 @@ def write(tmp_path: Path, tiny_model_dir: Path, rows: Path) -> Any:
             "report_to": "none",
             "eval_samples": 2,
             "save_strategy": "no",
+            "cpu_threads": 1,
         } | changes
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump({k: v for k, v in keys.items() if v is not None}))
@@ -132,6 +133,7 @@ def test_recipe_reports_everything_at_once(write: Any, rows: Path) -> None:
         ({"model_source": "package"}, "package"),
         ({"resume_from_checkpoint": "nowhere/checkpoint-3"}, "which is not a folder"),
         ({"reward_weights": [1.0, 2.0]}, "give each reward its `weight`"),
+        ({"cpu_threads": 0}, "`cpu_threads` is 0"),
         ({"use_peft": True}, "Set `reference: auto`"),
         ({"load_in_4bit": True}, "Set `reference: auto`"),
     ],
@@ -162,21 +164,24 @@ def test_recipe_settings_are_what_was_changed_and_hold_no_token(write: Any) -> N
     assert "hf_secret" not in str(settings)
 
 
-def test_use_all_cores_only_overrides_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_set_cpu_threads_shares_the_cores_only_where_the_launcher_left_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     chosen: list[int] = []
     monkeypatch.setattr("torch.set_num_threads", chosen.append)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("trl_grpo_ext.recipe._num_cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    use_all_cores()
+    set_cpu_threads(None)
     assert chosen == []
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    use_all_cores()
-    assert chosen == [4]
+    set_cpu_threads(None)
+    set_cpu_threads(1)
+    assert chosen == [4, 1]
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    use_all_cores()
-    assert chosen == [4]
+    set_cpu_threads(None)
+    assert chosen == [4, 1]
 
 
 def test_interrupt_callback_saves_and_stops_after_ctrl_c(

@@ -169,7 +169,7 @@ def _unreadable(dataset: str, split: str, error: Exception) -> str:
 def _not_installed(dataset: str) -> str:
     return (
         f"`dataset`={dataset!r} needs reasoning-gym, which is not installed, so no question can "
-        "be drawn. Run: pip install 'trl-grpo-ext[quickstart]'"
+        "be drawn. Run: pip install reasoning-gym gguf"
     )
 
 

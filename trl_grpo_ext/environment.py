@@ -167,7 +167,7 @@ def _quantized_reference() -> str:
 def _quickstart() -> str:
     if missing := [name for name in QUICKSTART_MODULES if find_spec(name) is None]:
         raise RuntimeError(
-            f"{' and '.join(missing)} not installed. Run pip install 'trl-grpo-ext[quickstart]'."
+            f"{' and '.join(missing)} not installed. Run pip install reasoning-gym gguf."
         )
     return "task and model format can be read"
 

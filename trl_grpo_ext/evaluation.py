@@ -42,6 +42,8 @@ class Accuracy:
 
     def __str__(self) -> str:
         """Return one line for a terminal."""
+        if not self.num_prompts:
+            return "not measured (no held-out prompts, or sharded weights)"
         replies = f"{self.num_scored} replies to {self.num_prompts} held-out prompts"
         return f"{self.accuracy:.3f} ({replies})"
 

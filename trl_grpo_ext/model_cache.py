@@ -340,7 +340,7 @@ def _no_config(name: str, error: Exception) -> str:
 def _no_gguf(name: str) -> str:
     return (
         f"the packaged model {name!r} is a GGUF file, and the package gguf, which reads it, is not "
-        "installed. Run: pip install 'trl-grpo-ext[quickstart]'"
+        "installed. Run: pip install reasoning-gym gguf"
     )
 
 

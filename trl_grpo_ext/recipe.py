@@ -61,6 +61,13 @@ class RunArguments:
             "training temperature; 0 for the one greedy reply."
         },
     )
+    cpu_threads: int | None = field(
+        default=None,
+        metadata={
+            "help": "CPU threads of each process; by default what OMP_NUM_THREADS says, but all "
+            "cores, shared out, where `accelerate launch` set it to 1."
+        },
+    )
     dry_run: bool = field(
         default=False,
         metadata={
@@ -99,7 +106,6 @@ def read_recipe(argv: Sequence[str] | None = None) -> Recipe:
             rewards that are not there: all at once, before a model loads.
     """
     _silence_known_warnings()
-    use_all_cores()
     arguments = list(sys.argv[1:] if argv is None else argv)
     problems = _unknown_keys(arguments)
     run, task, model, *training = _parsed(arguments, problems)
@@ -108,6 +114,7 @@ def read_recipe(argv: Sequence[str] | None = None) -> Recipe:
         problems += _training_problems(model, config)
     if problems:
         raise ConfigurationError(problems)
+    set_cpu_threads(run.cpu_threads)
     return Recipe(run, task, model, *training)
 
 
@@ -236,14 +243,26 @@ class InterruptCallback(TrainerCallback):
         return self.interrupted
 
 
-def use_all_cores() -> None:
-    """Share the cores between the processes, where the launcher left torch a single one."""
-    if (
-        os.environ.get("OMP_NUM_THREADS") == _LAUNCHER_THREADS
-        and "ACCELERATE_MIXED_PRECISION" in os.environ
-    ):
+def set_cpu_threads(num_threads: int | None) -> None:
+    """Give torch its CPU threads: as asked, or all cores where the launcher left it a single one.
+
+    Args:
+        num_threads: Of this process, at least 1; ``None`` shares the cores out between the
+            processes of a machine if `accelerate launch` set ``OMP_NUM_THREADS`` to 1.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if num_threads is None and launched and os.environ.get("OMP_NUM_THREADS") == _LAUNCHER_THREADS:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+        num_threads = max(1, _num_cores() // processes)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+
+
+def _num_cores() -> int:
+    """Those that this process may use, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def compare_replies(held_out: Dataset, before: Accuracy, after: Accuracy) -> list[Example]:
@@ -321,6 +340,8 @@ def _recipe_problems(run: RunArguments, task: TaskArguments, model: ModelConfig)
             f"`eval_samples` is {run.eval_samples}, which is no number of replies. Use a positive "
             "number, or 0 for one greedy reply a prompt."
         )
+    if run.cpu_threads is not None and run.cpu_threads < 1:
+        yield f"`cpu_threads` is {run.cpu_threads}. Use at least 1, or leave it out."
     if not task.rewards:
         yield (
             "`rewards` is empty, so nothing would be learned. List at least one, such as "

@@ -25,7 +25,7 @@ NOT_CALLABLE = 3
 def brevity(completions, limit, scale=1.0, **columns):
     return [scale * (len(text) <= limit) for text in completions]
 
-def solved(prompts, completions, completion_ids, solution, tolerance=0.1):
+def solved(prompts, completions, completion_ids, solution, tolerance=0.1, **columns):
     return [float(text == gold) for text, gold in zip(completions, solution)]
 
 async def slow(completions, wait=0, **columns):
@@ -215,3 +215,22 @@ def test_required_columns_are_what_trl_does_not_pass_on_its_own() -> None:
     assert required_columns(solved) == {"solution"}
     assert required_columns(bound) == frozenset()
     assert required_columns(last) == {"gold"}
+
+
+def test_reward_problems_names_what_trl_could_not_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "not_rewards.py").write_text(
+        "def make(scale):\n    return lambda *, completions, **_: [scale for _ in completions]\n"
+        "class Silent:\n    pass\n"
+        "def narrow(prompts, completions, answer):\n    return [0.0 for _ in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for entry in (
+        {"name": "not_rewards:make", "arguments": {"scale": 2.0}},
+        "not_rewards:Silent",
+        "not_rewards:narrow",
+    ):
+        (problem,) = reward_problems([entry])
+        assert "does not accept `completion_ids`, which TRL passes" in problem
+        assert "not one that makes a function" in problem

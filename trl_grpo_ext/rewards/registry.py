@@ -37,6 +37,9 @@ TRL_ARGUMENTS = frozenset(
     }
 )
 
+# Those that are always there.
+ALWAYS_PASSED = TRL_ARGUMENTS - {"environments"}
+
 
 @dataclass(frozen=True)
 class RewardSpec:
@@ -196,12 +199,31 @@ def _build(spec: RewardSpec) -> RewardFunction:
     reward = resolve_reward(spec.name)
     _check_arguments(spec, reward)
     if inspect.isclass(reward):
-        return _instance(spec, reward)
-    if not spec.arguments:
-        return reward
-    bound = functools.partial(reward, **spec.arguments)
-    vars(bound)["__name__"] = log_name(reward)
-    return bound
+        built = _instance(spec, reward)
+    elif spec.arguments:
+        built = functools.partial(reward, **spec.arguments)
+        vars(built)["__name__"] = log_name(reward)
+    else:
+        built = reward
+    _check_call(spec, built)
+    return built
+
+
+def _check_call(spec: RewardSpec, built: object) -> None:
+    """Raise if TRL could not call what was built; a factory of rewards is such a thing."""
+    parameters = inspect.signature(built).parameters if callable(built) else {}
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    refused = sorted(ALWAYS_PASSED - set(parameters))
+    if refused:
+        raise ConfigurationError(
+            [
+                f"reward {spec.name!r} does not accept `{refused[0]}`, which TRL passes to every "
+                "reward, so it cannot score replies. Name a function (not one that makes a "
+                "function) or a class of objects to call, with `**columns` for what it does not "
+                "need: def reward(*, prompts, completions, **columns)."
+            ]
+        )
 
 
 def _instance(spec: RewardSpec, reward: type) -> RewardFunction:
