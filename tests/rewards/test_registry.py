@@ -25,6 +25,9 @@ NOT_CALLABLE = 3
 def brevity(completions, limit, scale=1.0, **columns):
     return [scale * (len(text) <= limit) for text in completions]
 
+def narrow(prompts, completions, completion_ids, solution, tolerance=0.1):
+    return [0.0 for _ in completions]
+
 def solved(prompts, completions, completion_ids, solution, tolerance=0.1, **columns):
     return [float(text == gold) for text, gold in zip(completions, solution)]
 
@@ -144,10 +147,10 @@ def test_reward_problems_names_the_accepted_arguments_when_one_is_wrong() -> Non
         "answer_column, log_as: correct its `arguments` in `rewards`."
     )
     assert "does not accept typo, so it" in problem(
-        {"name": "my_rewards:solved", "arguments": {"typo": 1}}
+        {"name": "my_rewards:narrow", "arguments": {"typo": 1}}
     )
     assert "It accepts solution, tolerance:" in problem(
-        {"name": "my_rewards:solved", "arguments": {"typo": 1}}
+        {"name": "my_rewards:narrow", "arguments": {"typo": 1}}
     )
 
 
