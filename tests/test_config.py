@@ -55,7 +55,7 @@ def test_config_names_batch_and_divisors_when_a_group_would_be_split() -> None:
     (found,) = problems(num_generations=8, per_device_train_batch_size=5, steps_per_generation=4)
     assert found == (
         "`num_generations`=8 does not divide the generation batch of 20 completions "
-        "(`per_device_train_batch_size`=5 x 1 processes x `steps_per_generation`=4), so a group "
+        "(`per_device_train_batch_size`=5 x 1 process x `steps_per_generation`=4), so a group "
         "would be split. Use 2, 4, 5, 10, 20, or change the batch size."
     )
 

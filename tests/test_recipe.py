@@ -156,8 +156,9 @@ def test_recipe_refuses_a_flag_that_does_not_exist(write: Any) -> None:
     assert "--no_such_flag" in problems([*write(), "--no_such_flag", "1"])
 
 
-def test_recipe_settings_are_what_was_changed_and_hold_no_token(write: Any) -> None:
-    settings = read_recipe([*write(hub_token="hf_secret")]).settings
+def test_recipe_settings_are_what_was_given_and_hold_no_token(write: Any) -> None:
+    settings = read_recipe([*write(hub_token="hf_secret"), "--seed", "5"]).settings
+    assert settings["seed"] == 5
     assert settings["num_generations"] == 4
     assert settings["reference"] == "quantized"
     assert "temperature" not in settings

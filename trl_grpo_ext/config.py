@@ -240,7 +240,7 @@ def _group_problem(config: GRPOConfig) -> str | None:
         batch = per_step * steps
         made_of = (
             f"`per_device_train_batch_size`={config.per_device_train_batch_size} x "
-            f"{processes} processes x `{name}`={steps}"
+            f"{processes} process{'' if processes == 1 else 'es'} x `{name}`={steps}"
         )
     if batch % group_size == 0:
         return None

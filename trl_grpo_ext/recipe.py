@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -88,11 +88,17 @@ class Recipe:
     model: ModelConfig
     training: ExtGRPOConfig
 
+    given: frozenset[str]
+
     @property
     def settings(self) -> dict[str, object]:
-        """Every option that differs from its default, by its YAML key; what a report shows."""
+        """Every option that YAML or command line set, by its key: what a report shows."""
         parts = (self.run, self.task, self.model, self.training)
-        return {key: value for part in parts for key, value in _changed(part).items()}
+        # A token could be given as an option; it is not shown.
+        shown = self.given - {"hub_token"}
+        return {
+            f.name: getattr(part, f.name) for part in parts for f in fields(part) if f.name in shown
+        }
 
 
 def read_recipe(argv: Sequence[str] | None = None) -> Recipe:
@@ -107,15 +113,18 @@ def read_recipe(argv: Sequence[str] | None = None) -> Recipe:
     """
     _silence_known_warnings()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    problems = _unknown_keys(arguments)
+    keys = _yaml_keys(arguments)
+    problems = _unknown_keys(keys)
     run, task, model, *training = _parsed(arguments, problems)
     problems += _recipe_problems(run, task, model)
-    for config in training:
-        problems += _training_problems(model, config)
+    for parsed in training:
+        problems += _training_problems(model, parsed)
     if problems:
         raise ConfigurationError(problems)
     set_cpu_threads(run.cpu_threads)
-    return Recipe(run, task, model, *training)
+    flags = {a[2:].partition("=")[0] for a in arguments if a.startswith("--")}
+    (config,) = training
+    return Recipe(run, task, model, config, given=keys | flags)
 
 
 def run_recipe(run: Callable[[Recipe], int], argv: Sequence[str] | None = None) -> int:
@@ -316,17 +325,6 @@ def _silence_known_warnings() -> None:
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
 
 
-def _changed(options: Any) -> dict[str, object]:
-    """Fields whose value is not the default; a factory's default counts as one."""
-    fresh = {
-        f.name: f.default_factory() for f in fields(options) if f.default_factory is not MISSING
-    }
-    defaults = {f.name: f.default for f in fields(options)} | fresh
-    # The one option that can hold a secret is left out.
-    names = [f.name for f in fields(options) if f.init and f.name != "hub_token"]
-    return {n: getattr(options, n) for n in names if getattr(options, n) != defaults[n]}
-
-
 def _recipe_problems(run: RunArguments, task: TaskArguments, model: ModelConfig) -> Iterator[str]:
     if model.model_name_or_path is None:
         yield (
@@ -371,12 +369,12 @@ def _training_problems(model: ModelConfig, training: ExtGRPOConfig) -> Iterator[
         )
 
 
-def _unknown_keys(arguments: list[str]) -> list[str]:
-    """Keys of the YAML that no option has, with the closest that one does."""
+def _yaml_keys(arguments: list[str]) -> frozenset[str]:
+    """The keys of the YAML that ``--config`` names."""
     if any(argument.startswith("--config=") for argument in arguments):
         raise ConfigurationError(["`--config=FILE` is not understood. Write `--config FILE`."])
     if "--config" not in arguments:
-        return []
+        return frozenset()
     following = arguments[arguments.index("--config") + 1 :]
     if not following:
         raise ConfigurationError(["`--config` needs a file. Recipes' YAMLs: recipes/configs/."])
@@ -391,11 +389,16 @@ def _unknown_keys(arguments: list[str]) -> list[str]:
         raise ConfigurationError([f"{path} is not YAML: {error}"]) from error
     if not isinstance(keys, dict):
         raise ConfigurationError([f"{path} is not a mapping of option: value."])
+    return frozenset(map(str, keys))
+
+
+def _unknown_keys(keys: frozenset[str]) -> list[str]:
+    """What to say of the keys that no option has."""
     known = {f.name for options in _OPTION_CLASSES for f in fields(options)} | {"env"}
-    return [_unknown_key(key, known, path) for key in keys if key not in known]
+    return [_unknown_key(key, known) for key in sorted(keys - known)]
 
 
-def _unknown_key(key: object, known: set[str], path: Path) -> str:
-    close = difflib.get_close_matches(str(key), sorted(known), n=1)
+def _unknown_key(key: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(key, sorted(known), n=1)
     hint = f" Did you mean `{close[0]}`?" if close else " Remove it, or look it up with --help."
-    return f"{path} sets `{key}`, which is not an option, so it would do nothing.{hint}"
+    return f"the YAML sets `{key}`, which is not an option, so it would do nothing.{hint}"
