@@ -50,12 +50,12 @@ def test_env_table_names_every_feature_and_why() -> None:
 def test_env_exits_1_and_names_the_member_when_trl_breaks_the_contract(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delattr(GRPOTrainer, "_generate_single_turn")
+    monkeypatch.delattr(GRPOTrainer, "_calculate_rewards")
     result = RUN.invoke(app, ["env", "--json"])
     trainer = json.loads(result.stdout)["features"][0]
     assert result.exit_code == 1
     assert trainer["usable"] is False
-    assert "_generate_single_turn" in trainer["detail"]
+    assert "_calculate_rewards" in trainer["detail"]
     assert "Install 'trl>=1.16,<1.17'" in trainer["detail"]
 
 

@@ -116,7 +116,7 @@ class ExtGRPOConfig(ExtensionOptions, GRPOConfig):
 
     Example:
         >>> config = ExtGRPOConfig(
-        ...     output_dir="out", use_cpu=True, bf16=False, kl_clamp=10.0, report_to=[]
+        ...     output_dir="out", use_cpu=True, bf16=False, beta=0.02, kl_clamp=10.0, report_to=[]
         ... )
         >>> config.kl_estimator, config.kl_clamp
         ('k3', 10.0)
