@@ -56,8 +56,9 @@ PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 # One process on one device, whatever `accelerate config` says, and said in full so that accelerate
 # does not warn about its defaults. Left alone it would also give torch a single CPU thread.
-# Ctrl-C is for the run, which saves a checkpoint: the launcher ignores it and waits.
-LAUNCH = trap '' INT; CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(VENV)/bin/accelerate launch \
+# Ctrl-C is for the run, which saves a checkpoint: the launcher ignores it and waits. --quiet keeps
+# the launcher's own traceback away from what the run says last.
+LAUNCH = trap '' INT; CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(VENV)/bin/accelerate launch --quiet \
 	--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $$($(PY) -c 'import torch; print(torch.get_num_threads())')
 
