@@ -408,6 +408,15 @@ def test_trainer_logs_seconds_a_phase(tiny_model_dir: Path, tmp_path: Path) -> N
         assert sum(parts) == pytest.approx(step_time, rel=0.2)
 
 
+def test_trainer_logs_no_seconds_of_generation_where_a_step_reuses_completions(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    changes = {"num_iterations": 2, "steps_per_generation": 1, "max_steps": 4}
+    history, _ = train(ext_trainer(tiny_model_dir, tmp_path, **changes))
+    generated = [seconds > 0 for seconds in series(history, "time/generation")]
+    assert generated == [True, False, True, False]
+
+
 def test_trainer_evaluates_also_with_one_completion_a_prompt(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:

@@ -257,7 +257,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
             for phase, seconds in self._phase_seconds.items():
                 if self.extended:
                     self._metrics["train"][f"time/{phase}"].append(seconds)
-            self._phase_seconds.clear()
+                self._phase_seconds[phase] = 0.0  # so that a step without it counts in the mean
         return loss
 
     @contextmanager
