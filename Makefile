@@ -41,8 +41,8 @@ format: install ## Format the code and apply the safe fixes
 types: install ## Check the types of the package with mypy --strict
 	$(PY) -m mypy --strict trl_grpo_ext
 
-bench: install ## Run every benchmark, one after the other
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script; done
+bench: install ## Measure a training step against plain TRL: about half an hour on two cores
+	$(PY) benchmarks/step_time.py $(ARGS)
 
 build: install ## Make the sdist and the wheel in dist/
 	$(PY) -m build

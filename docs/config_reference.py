@@ -15,10 +15,11 @@ HERE = Path(__file__).parent / "reference"
 TABLE = "| option | default | what it does |\n|---|---|---|\n"
 TRAINER = """# Options of the trainer
 
-`ExtGRPOConfig` has every option of `trl.GRPOConfig` and these. With the defaults, training equals
-plain TRL, but for groups of equal rewards, which teach exactly nothing, and for rewards that are
-NaN or infinite, which are left out. Options of the reference are unset until you set them; what
-they then stand for is in the text. This page is written by `python docs/config_reference.py`.
+`ExtGRPOConfig` has every option of `trl.GRPOConfig` and these. With the defaults, training is plain
+TRL's, from fewer tokens ([sampling and shared prefixes](../sampling.md)), but for groups of equal
+rewards, which teach exactly nothing, and for rewards that are NaN or infinite, which are left out.
+Options of the reference are unset until you set them; what they then stand for is in the text. This
+page is written by `python docs/config_reference.py`.
 
 """
 RECIPE = """# Keys of a recipe's YAML

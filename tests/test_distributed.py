@@ -37,20 +37,25 @@ def digits(*, completions, **_):
 
 config = ExtGRPOConfig(
     out, use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,
-    per_device_train_batch_size=per_device, num_generations=4, max_completion_length=8,
+    per_device_train_batch_size=per_device, max_completion_length=8,
     learning_rate=1e-2, optim="sgd", max_steps=3, logging_steps=1, seed=3,
-    gradient_checkpointing=False, **json.loads(sys.argv[4]),
+    gradient_checkpointing=False, **{"num_generations": 4, **json.loads(sys.argv[4])},
 )
 dataset = Dataset.from_dict({"prompt": [f"{a} + {a} =" for a in range(8)]})
-trainer = ExtGRPOTrainer(model, digits, config, dataset, rollout_func=rollout)
+given = {"rollout_func": rollout} if config.group_sampler == "transformers" else {}
+trainer = ExtGRPOTrainer(model, digits, config, dataset, **given)
 trainer.train()
 if trainer.accelerator.is_main_process:
     keys = ("loss", "reward", "kl", "grad_norm", "frac_reward_zero_std")
     history = [{k: e[k] for k in keys if k in e} for e in trainer.state.log_history[:3]]
     weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
     advantages = list(trainer._logs["advantages"])
+    completions = list(trainer._logs["completion"])
     result = {"history": history, "weights": weights, "advantages": advantages}
-    torch.save(result, out + ".pt")
+    torch.save({**result, "completions": completions}, out + ".pt")
+trainer.accelerator.end_training()
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 '''
 
 
@@ -101,10 +106,22 @@ def launch(script: str, folder: Path, *arguments: object, processes: int) -> Any
 @pytest.mark.parametrize(
     "options",
     [
-        {"beta": 0.5, "reference": "quantized", "kl_clamp": 10.0, "loss_type": "dapo"},
-        {"advantage_baseline": "leave_one_out", "scale_rewards": "batch", "loss_type": "grpo"},
+        {
+            "beta": 0.5,
+            "reference": "quantized",
+            "kl_clamp": 10.0,
+            "loss_type": "dapo",
+            "group_sampler": "transformers",
+        },
+        {
+            "advantage_baseline": "leave_one_out",
+            "scale_rewards": "batch",
+            "loss_type": "grpo",
+            "group_sampler": "transformers",
+        },
+        {"group_sampler": "shared_prefill", "shared_prefix": "always", "num_generations": 8},
     ],
-    ids=["quantized-reference", "batch-scale"],
+    ids=["quantized-reference", "batch-scale", "own-sampler-and-split-groups"],
 )
 def test_two_processes_give_what_one_gives(
     tiny_model_dir: Path, tmp_path: Path, options: dict[str, Any]
@@ -121,6 +138,7 @@ def test_two_processes_give_what_one_gives(
         )
         for processes in (1, 2)
     )
+    assert one["completions"] == two["completions"]
     assert one["advantages"] == pytest.approx(two["advantages"], abs=1e-6)
     assert any(one["advantages"])
     for left, right in zip(one["history"], two["history"], strict=True):

@@ -140,6 +140,27 @@ def test_evaluate_accuracy_samples_each_prompt_as_often_as_asked_and_repeatably(
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("batch_size", [1, 6, 64])
+def test_evaluate_accuracy_samples_the_same_replies_for_any_batch_size(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, batch_size: int
+) -> None:
+    def draw(batch_size: int) -> list[str]:
+        return evaluate_accuracy(
+            tiny_model,
+            tiny_tokenizer,
+            Dataset.from_dict({"prompt": PROMPTS}),
+            is_correct=all_right,
+            max_new_tokens=8,
+            num_samples=3,
+            seed=5,
+            batch_size=batch_size,
+        ).completions
+
+    replies = draw(9)
+    assert len(set(replies)) > 10
+    assert draw(batch_size) == replies
+
+
 def test_evaluate_accuracy_passes_arguments_to_the_chat_template(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         ModelPreparationError,
         ReferenceModelError,
         RewardError,
+        SharedPrefixError,
     )
     from trl_grpo_ext.functional import compute_rewards
     from trl_grpo_ext.losses import grpo_loss
@@ -41,6 +42,7 @@ __all__ = [
     "ModelPreparationError",
     "ReferenceModelError",
     "RewardError",
+    "SharedPrefixError",
     "build_reference",
     "compute_rewards",
     "group_advantages",
@@ -57,6 +59,7 @@ _MODULES = {
     "ModelPreparationError": "errors",
     "ReferenceModelError": "errors",
     "RewardError": "errors",
+    "SharedPrefixError": "errors",
     "build_reference": "reference",
     "compute_rewards": "functional",
     "group_advantages": "advantages",

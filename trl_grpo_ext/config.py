@@ -17,7 +17,11 @@ from trl_grpo_ext.losses import (
     KLEstimator,
     kl_gradient_problem,
 )
+from trl_grpo_ext.sampling.settings import unsupported_generation_keys
 
+GroupSampler = Literal["auto", "shared_prefill", "continuous_batching", "vllm", "transformers"]
+SharedPrefixMode = Literal["auto", "always", "never"]
+OldLogprobs = Literal["sampler", "recompute"]
 ReferenceKind = Literal["auto", "resident", "quantized"]
 Quantization = Literal["nf4", "fp4"]
 
@@ -28,8 +32,10 @@ BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 class ExtensionOptions:
     """What this package adds to ``trl.GRPOConfig``.
 
-    With the defaults, training equals plain TRL, but for groups of equal rewards, which teach
-    exactly nothing, and for rewards that are NaN or infinite, which are left out.
+    With the defaults, given completions get the log-probabilities, losses and gradients of plain
+    TRL, up to rounding, and completions are drawn from the same distribution, by other random
+    numbers. Two things differ: groups of equal rewards teach exactly nothing, and rewards that are
+    NaN or infinite are left out.
 
     Options of the reference are ``None`` until set, so that one set in vain (``beta`` 0, another
     kind) is noticed.
@@ -39,6 +45,53 @@ class ExtensionOptions:
         default=True,
         metadata={
             "help": "Whether anything of trl_grpo_ext is used; false runs TRL's code untouched."
+        },
+    )
+    group_sampler: GroupSampler = field(
+        default="auto",
+        metadata={
+            "help": "What samples the completions: 'shared_prefill' (each prompt computed once a "
+            "group), 'continuous_batching' (transformers' generate_batch), 'vllm' (with "
+            "use_vllm=true), 'transformers' (TRL's own generate), or 'auto' (the fastest of them "
+            "that serves the run; the log says which and why)."
+        },
+    )
+    max_live_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose keys and values 'shared_prefill' keeps at a time; what does not "
+            "fit runs in a later wave. None for what fits into the GPU's free memory, "
+            "no limit on a CPU."
+        },
+    )
+    shared_prefix: SharedPrefixMode = field(
+        default="auto",
+        metadata={
+            "help": "Whether forward passes compute a prompt once for its group: 'auto' (where "
+            "that is exact, else padded rows as in TRL), 'always' (an error where it is not), "
+            "'never'."
+        },
+    )
+    verify_shared_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the first batch of each model is compared with TRL's padded rows; "
+            "if log-probabilities differ by more than rounding, padded rows are used."
+        },
+    )
+    old_logprobs: OldLogprobs = field(
+        default="sampler",
+        metadata={
+            "help": "Where the log-probabilities of the policy that sampled come from when it has "
+            "moved since: 'sampler' (kept while sampling; recomputed where that is not exact), or "
+            "'recompute' (a forward pass, as in TRL)."
+        },
+    )
+    onednn_linear: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether float32 linear layers on a CPU run in oneDNN: twice as fast as "
+            "torch's default where the CPU is not Intel's, equal up to rounding."
         },
     )
     advantage_baseline: AdvantageBaseline = field(
@@ -154,6 +207,7 @@ def configuration_problems(config: GRPOConfig) -> Iterator[str]:
         options.kl_estimator, bias_correction=config.use_bias_correction_kl
     ):
         yield problem
+    yield from _sampler_problems(config, options)
     yield from _options_in_vain(config, options)
     yield from _quantized_reference_problems(config, options)
 
@@ -164,6 +218,9 @@ def _unknown_values(config: GRPOConfig, options: ExtensionOptions) -> Iterator[s
     scale = booleans.get(config.scale_rewards, config.scale_rewards)
     for name, value, known in (
         ("advantage_baseline", options.advantage_baseline, get_args(AdvantageBaseline)),
+        ("group_sampler", options.group_sampler, get_args(GroupSampler)),
+        ("shared_prefix", options.shared_prefix, get_args(SharedPrefixMode)),
+        ("old_logprobs", options.old_logprobs, get_args(OldLogprobs)),
         ("kl_estimator", options.kl_estimator, get_args(KLEstimator)),
         ("reference", options.reference, get_args(ReferenceKind)),
         ("reference_quantization", options.reference_quantization, (None, *get_args(Quantization))),
@@ -180,6 +237,39 @@ def _unknown_values(config: GRPOConfig, options: ExtensionOptions) -> Iterator[s
         if value not in known:
             listed = ", ".join(str(choice) for choice in known if choice is not None)
             yield f"`{name}` is {value!r}, which is not known. Use one of: {listed}."
+
+
+def _sampler_problems(config: GRPOConfig, options: ExtensionOptions) -> Iterator[str]:
+    sampler, limit = options.group_sampler, options.max_live_tokens
+    if config.max_completion_length is not None and config.max_completion_length < 1:
+        yield (
+            f"`max_completion_length` is {config.max_completion_length}, so completions would have "
+            "no token to learn from. Set it to at least 1."
+        )
+    if config.use_vllm and sampler not in ("auto", "vllm"):
+        yield (
+            f"`use_vllm` is true, but `group_sampler` is {sampler!r}. "
+            "Set `group_sampler: vllm` (or auto), or `use_vllm: false`."
+        )
+    if sampler == "vllm" and not config.use_vllm:
+        yield (
+            "`group_sampler` is 'vllm', but `use_vllm` is false, so there is no vLLM to sample "
+            "with. Set `use_vllm: true`, or `group_sampler: auto`."
+        )
+    if limit is not None and limit < 1:
+        yield f"`max_live_tokens` is {limit}; use at least the tokens of one prompt and completion."
+    if limit is not None and sampler not in ("auto", "shared_prefill"):
+        yield (
+            f"`max_live_tokens` is set, but `group_sampler` is {sampler!r}, which has a limit of "
+            "its own. Set `group_sampler: shared_prefill`, or remove `max_live_tokens`."
+        )
+    given = config.generation_kwargs
+    names = unsupported_generation_keys(given if isinstance(given, dict) else {})
+    if names and sampler in ("shared_prefill", "continuous_batching"):
+        yield (
+            f"`generation_kwargs` has {_named(names)} set, which `group_sampler: {sampler}` does "
+            "not honour. Set `group_sampler: transformers` (or auto), or remove what is set."
+        )
 
 
 def _options_in_vain(config: GRPOConfig, options: ExtensionOptions) -> Iterator[str]:

@@ -42,6 +42,10 @@ class ReferenceModelError(ExtGRPOError, ValueError):
     """A reference model of the requested kind cannot be built for this policy."""
 
 
+class SharedPrefixError(ExtGRPOError, ValueError):
+    """The model cannot compute a shared prefix exactly."""
+
+
 def _enumerated(problems: list[str]) -> str:
     if len(problems) == 1:
         return problems[0]

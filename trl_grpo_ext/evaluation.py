@@ -77,8 +77,9 @@ def evaluate_accuracy(
         max_new_tokens: Tokens that a completion may have at most.
         num_samples: Replies sampled for each prompt; 0 for the one greedy reply.
         temperature: Of the sampled replies.
-        seed: Of the sampled replies, which depend on ``batch_size`` too, but not on the number of
-            processes. The random state of the process is left alone.
+        seed: Of the sampled replies. Each has random numbers of its own, by the position of its
+            prompt in the dataset, so that neither ``batch_size`` nor the number of processes
+            changes it. The random state of the process is left alone.
         batch_size: Replies that one process generates at a time.
         chat_template_kwargs: More arguments of the chat template.
         accelerator: Of a run with several processes; one process does all of it if None.
@@ -107,7 +108,8 @@ def evaluate_accuracy(
             num_generations=group_size,
             max_new_tokens=max_new_tokens,
             temperature=temperature if num_samples else 0.0,
-            seed=seed + number,
+            seed=seed,
+            prompt_indices=batches[number],
             chat_template_kwargs=chat_template_kwargs,
         )
         indices = [index for index in batches[number] for _ in range(group_size)]

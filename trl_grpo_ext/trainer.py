@@ -1,15 +1,17 @@
 """The trainer: ``trl.GRPOTrainer`` with the advantages, KL and reference of this package.
 
-One step of GRPO, in order. TRL samples a group of completions a prompt and scores them with every
-reward function (:meth:`ExtGRPOTrainer.checked_reward` guards each).
+One step of GRPO, in order. :meth:`ExtGRPOTrainer.sample_completions` draws a group of completions
+a prompt. Every reward function scores them (:meth:`~ExtGRPOTrainer.checked_reward` guards each).
 :meth:`~ExtGRPOTrainer.compute_advantages` compares each completion with its group. The loss weighs
-the policy's log-probabilities with these advantages, and :meth:`~ExtGRPOTrainer.compute_kl` holds
-the policy near the frozen reference of :meth:`~ExtGRPOTrainer.make_reference`.
+the policy's log-probabilities, for which each prompt is computed once (``shared_prefix``), with
+these advantages, and :meth:`~ExtGRPOTrainer.compute_kl` holds the policy near the frozen reference
+of :meth:`~ExtGRPOTrainer.make_reference`.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -26,12 +28,31 @@ from trl_grpo_ext.advantages import (
     multi_reward_advantages,
 )
 from trl_grpo_ext.config import ExtensionOptions, configuration_problems
+from trl_grpo_ext.cpu_linear import use_onednn
 from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.logprobs import SharedPrefix, has_dropout
 from trl_grpo_ext.losses import importance_ratio, kl_estimate, reduce_tokens
 from trl_grpo_ext.reference import build_reference, summarize_reference
 from trl_grpo_ext.rewards.scores import checking
+from trl_grpo_ext.sampling import (
+    Completion,
+    CompletionKey,
+    Engine,
+    SamplingNeeds,
+    SamplingSettings,
+    choose_engine,
+    sample_completions,
+)
+from trl_grpo_ext.sampling.continuous_batching import (
+    continuous_batching_drawback,
+    continuous_batching_problem,
+    sample_continuously,
+    unsupported_by_continuous_batching,
+)
 
 logger = logging.get_logger(__name__)
+
+_LONG_GENERATION = 256  # [tokens] a completion may have, from where on a bar shows the progress
 
 
 class ExtGRPOTrainer(SeamedGRPOTrainer):
@@ -53,6 +74,13 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         _check_before_loading(self.__signature__.bind(*args, **kwargs).arguments)
         super().__init__(*args, **kwargs)
+        if self.extended and self.options.onednn_linear:
+            use_onednn(self.model)
+            use_onednn(self.ref_model or nn.Module())
+        self.shared_prefix = SharedPrefix(
+            self.options.shared_prefix, verify=self.options.verify_shared_prefix
+        )
+        self.group_sampler = self._choose_group_sampler()
 
     @property
     def options(self) -> ExtensionOptions:
@@ -63,6 +91,92 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
     def extended(self) -> bool:
         """Whether anything of this package is used (``extensions``)."""
         return self.options.extensions
+
+    def _choose_group_sampler(self) -> Engine:
+        if not self.extended:
+            return "transformers"
+        engine, reason = choose_engine(self.options.group_sampler, self._sampling_needs())
+        logger.info(f"group_sampler: {engine} ({reason})")
+        return engine
+
+    def _sampling_needs(self) -> SamplingNeeds:
+        if self.use_vllm:
+            return SamplingNeeds(uses_vllm=True)
+        if (problem := self._only_transformers()) is not None:
+            return SamplingNeeds(only_transformers=problem)
+        wanted = self.args.use_transformers_continuous_batching
+        wanted = wanted or self.accelerator.device.type == "cuda"
+        if not wanted and self.options.group_sampler != "continuous_batching":
+            return SamplingNeeds()
+        unsupported = unsupported_by_continuous_batching(self._sampling_settings(self.model))
+        problem = f"it does not honour {', '.join(unsupported)}" if unsupported else None
+        return SamplingNeeds(
+            prefers_continuous_batching=wanted,
+            continuous_batching_problem=problem or continuous_batching_problem(self.model),
+            continuous_batching_drawback=continuous_batching_drawback(self.model),
+        )
+
+    def _only_transformers(self) -> str | None:
+        """Why only TRL's own path can sample; ``None`` if ours can."""
+        if self.tools or self.environment_factories is not None:
+            return "completions call tools"
+        if self.reads_images:
+            return "prompts may hold images"
+        if self.shards_weights:
+            return "the weights are sharded, so that all processes must decode in step"
+        try:
+            self._sampling_settings(self.model)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def _sampling_settings(self, model: PreTrainedModel) -> SamplingSettings:
+        return SamplingSettings.from_generation_config(
+            self.generation_config, defaults=model.generation_config
+        )
+
+    @property
+    def samples_itself(self) -> bool:
+        """Whether completions are sampled here, not by TRL."""
+        return self.group_sampler in ("shared_prefill", "continuous_batching")
+
+    def sample_completions(
+        self, model: PreTrainedModel, prompts: list[list[int]], keys: list[CompletionKey], step: int
+    ) -> list[Completion]:
+        """Return one completion a prompt; equal prompts are computed once."""
+        settings = self._sampling_settings(model)
+        long = settings.max_new_tokens >= _LONG_GENERATION
+        progress = long and not self.args.disable_tqdm and self.is_local_process_zero()
+        if self.group_sampler == "continuous_batching":
+            return sample_continuously(model, prompts, settings=settings, progress=progress)
+        return sample_completions(
+            model,
+            prompts,
+            keys,
+            settings=settings,
+            seed=self.args.seed,
+            step=step,
+            max_live_tokens=self.options.max_live_tokens,
+            progress=progress,
+        )
+
+    def can_reuse_logprobs(self, sampled: list[Completion]) -> bool:
+        """Return whether the sampler's log-probabilities are those of a forward pass in training.
+
+        They are if the weights were used in the same precision and nothing is dropped out.
+        """
+        if self.options.old_logprobs == "recompute":
+            return False
+        if self.accelerator.mixed_precision != "no":
+            reason = f"training runs under {self.accelerator.mixed_precision} autocast"
+        elif has_dropout(self.model):
+            reason = "the policy has dropout"
+        elif any(math.isnan(logprob) for c in sampled for logprob in c.policy_logprobs[:1]):
+            reason = f"`group_sampler: {self.group_sampler}` does not keep them with these settings"
+        else:
+            return True
+        logger.warning_once(f"log-probabilities of the old policy are recomputed: {reason}")
+        return False
 
     def checked_reward(
         self, reward_func: Callable[..., Any], name: str, count_non_finite: Callable[[int], None]

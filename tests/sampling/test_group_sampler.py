@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from sampling.small import EOS, WORDS, build_small_model, next_token_logits
 from tiny import BOS, build_tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -16,18 +17,15 @@ from torch import Tensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
-from trl_grpo_ext.sampling import group_sample, token_logprobs
+from trl_grpo_ext.sampling import GroupSamples, group_sample, token_logprobs
 
 PROMPTS = ["2 + 3 =", "x", "What is the sum of the first twenty odd numbers?"]
 WARPED = {"temperature": 0.7, "top_p": 0.8, "top_k": 5}
-WORDS = ["<eos>", "a", "b", "c", "d", "e"]  # the vocabulary of the small model
-SMALL_EOS = 0
 
 
 @pytest.fixture(scope="module")
@@ -39,29 +37,7 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def small_model() -> LlamaForCausalLM:
-    """Six words, one of which ends the sequence often; dropout would show in training mode."""
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        attention_dropout=0.5,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=SMALL_EOS,
-        pad_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)  # ends about every fifth time
-        return LlamaForCausalLM(config).float().eval()
-
-
-def next_token_logits(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> Tensor:
-    """What the model says before each token of the completion: no padding, no cache."""
-    logits_TV = model(torch.tensor([prompt + completion]), use_cache=False).logits[0].float()
-    return logits_TV[len(prompt) - 1 :][: max(len(completion), 1)]
+    return build_small_model()
 
 
 def warped_probs(
@@ -137,7 +113,7 @@ def test_logprobs_equal_those_of_a_full_forward_pass_with_absolute_positions(
         n_head=2,
         initializer_range=0.3,
         bos_token_id=None,
-        eos_token_id=SMALL_EOS,
+        eos_token_id=EOS,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -278,9 +254,9 @@ def two_token_probabilities(
 ) -> dict[tuple[int, ...], float]:
     """All completions that can come, with their probabilities; nothing follows the EOS token."""
     first = warped_probs(next_token_logits(model, prompt, [])[0], **options)
-    exact: dict[tuple[int, ...], float] = {(SMALL_EOS,): first[SMALL_EOS]}
+    exact: dict[tuple[int, ...], float] = {(EOS,): first[EOS]}
     for token, second in product(range(len(WORDS)), repeat=2):
-        if token != SMALL_EOS:
+        if token != EOS:
             logits_TV = next_token_logits(model, prompt, [token, second])
             exact[token, second] = first[token] * warped_probs(logits_TV[1], **options)[second]
     return {completion: p for completion, p in exact.items() if p > 0}
@@ -377,8 +353,8 @@ def test_completions_end_with_the_eos_token_or_at_the_limit(
         seed=0,
     )
     for ids, reason in zip(samples.completion_ids, samples.finish_reasons, strict=True):
-        assert SMALL_EOS not in ids[:-1]
-        assert reason == ("stop" if ids[-1] == SMALL_EOS else "length")
+        assert EOS not in ids[:-1]
+        assert reason == ("stop" if ids[-1] == EOS else "length")
         assert len(ids) == 5 if reason == "length" else len(ids) <= 5
     assert set(samples.finish_reasons) == {"stop", "length"}
 
@@ -390,8 +366,7 @@ def test_completions_leave_out_special_tokens_in_their_text(
         small_model, small_tokenizer, ["a b c"], num_generations=20, max_new_tokens=5, seed=0
     )
     assert samples.completions == [
-        " ".join(WORDS[token] for token in ids if token != SMALL_EOS)
-        for ids in samples.completion_ids
+        " ".join(WORDS[token] for token in ids if token != EOS) for ids in samples.completion_ids
     ]
 
 
@@ -400,7 +375,7 @@ def test_every_stop_token_of_the_generation_config_ends_a_completion(
     small_model: LlamaForCausalLM, small_tokenizer: PreTrainedTokenizerFast, declared: Any
 ) -> None:
     small_model.generation_config.eos_token_id = declared
-    stops = {SMALL_EOS, 3} if declared == 3 else {SMALL_EOS, 3, 4}
+    stops = {EOS, 3} if declared == 3 else {EOS, 3, 4}
     samples = group_sample(
         small_model, small_tokenizer, ["a"], num_generations=60, max_new_tokens=8, seed=0
     )
@@ -436,7 +411,8 @@ def test_a_prompt_runs_once_and_finished_completions_leave_the_batch(
     )
     unfinished = [sum(len(ids) > done for ids in samples.completion_ids) for done in range(1, 6)]
     assert unfinished[0] > unfinished[-1]
-    assert shapes == [(2, 3)] + [(rows, 1) for rows in unfinished if rows]
+    # "a b c" and "d" stand in one row, one after the other.
+    assert shapes == [(1, 4)] + [(rows, 1) for rows in unfinished if rows]
 
 
 # --- seeds and modes -------------------------------------------------------------------------
@@ -496,6 +472,90 @@ def test_sampling_computes_no_gradient(
     group_sample(small_model, small_tokenizer, ["a"], num_generations=2, max_new_tokens=1, seed=0)
     assert enabled == [False]
     assert torch.is_grad_enabled()
+
+
+def test_a_prompts_index_decides_its_completions_and_not_its_place_in_the_batch(
+    small_model: LlamaForCausalLM, small_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    options: dict[str, Any] = {"num_generations": 5, "max_new_tokens": 6, "seed": 0}
+    texts = ["a b c", "d", "e e"]
+    together = group_sample(small_model, small_tokenizer, texts, **options).completion_ids
+    swapped = group_sample(
+        small_model, small_tokenizer, ["e e", "a b c"], prompt_indices=[2, 0], **options
+    )
+    assert swapped.completion_ids == together[10:] + together[:5]
+    other = group_sample(small_model, small_tokenizer, texts, step=1, **options)
+    assert other.completion_ids != together
+
+
+# --- options of generate ---------------------------------------------------------------------
+
+
+def test_min_p_and_repetition_penalty_are_those_of_generation_kwargs(
+    small_model: LlamaForCausalLM, small_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def draw(**options: Any) -> GroupSamples:
+        return group_sample(
+            small_model, small_tokenizer, ["a b", "c"], max_new_tokens=5, seed=0, **options
+        )
+
+    named = {"min_p": 0.4, "repetition_penalty": 1.5}
+    samples = draw(**named)
+    assert samples.completion_ids == draw(generation_kwargs=named).completion_ids
+    for name in named:
+        assert draw(**{**named, name: 1e-9 if name == "min_p" else 1.0}) != samples
+    sampling, policy = (torch.cat(x) for x in (samples.sampling_logprobs, samples.policy_logprobs))
+    assert (sampling - policy).abs().max() > 0.1
+
+
+def test_generation_kwargs_override_the_arguments(
+    small_model: LlamaForCausalLM, small_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    samples = group_sample(
+        small_model,
+        small_tokenizer,
+        ["a b", "c"],
+        max_new_tokens=9,
+        seed=0,
+        generation_kwargs={"max_new_tokens": 4, "suppress_tokens": [EOS, 1], "num_beams": 1},
+    )
+    assert {len(ids) for ids in samples.completion_ids} == {4}
+    assert not {EOS, 1} & {token for ids in samples.completion_ids for token in ids}
+
+
+def test_generation_kwargs_that_are_not_honoured_are_refused_by_name(
+    small_model: LlamaForCausalLM, small_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    options = {"num_beams": 3, "top_k": 2, "stop_strings": "x"}
+    with pytest.raises(ValueError, match="options `num_beams`, `stop_strings` are not honoured"):
+        group_sample(small_model, small_tokenizer, ["a"], generation_kwargs=options)
+
+
+# --- leaving at once -------------------------------------------------------------------------
+
+
+def test_each_completion_is_handed_over_with_its_text_when_it_ends(
+    small_model: LlamaForCausalLM,
+    small_tokenizer: PreTrainedTokenizerFast,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    handed: list[tuple[int, str, list[int]]] = []
+    samples = group_sample(
+        small_model,
+        small_tokenizer,
+        ["a b c", "d"],
+        num_generations=5,
+        max_new_tokens=6,
+        seed=0,
+        max_live_tokens=10,
+        on_finished=lambda *completion: handed.append(completion),
+        progress=True,
+    )
+    rows = zip(range(10), samples.completions, samples.completion_ids, strict=True)
+    assert sorted(handed) == list(rows)
+    lengths = [len(ids) for index, _, ids in handed if index < 2]
+    assert lengths == sorted(lengths)
+    assert "10/10" in capfd.readouterr().err
 
 
 # --- prompts ---------------------------------------------------------------------------------
@@ -571,6 +631,10 @@ def test_a_text_gets_the_special_tokens_of_its_tokenizer_also_beside_a_conversat
         (["1"], {"top_p": 0.0}, "`top_p`=0.0 must be in (0, 1]"),
         (["1"], {"top_p": 1.1}, "`top_p`=1.1 must be in (0, 1]"),
         (["1"], {"top_k": -1}, "`top_k`=-1 at least 0"),
+        (["1", "2" * 513], {}, "`prompts[1]` has 513 tokens, but the model has 512 positions"),
+        (["1", "2"], {"prompt_indices": [0]}, "`prompt_indices` must be 2 different numbers"),
+        (["1", "2"], {"prompt_indices": [3, 3]}, "`prompt_indices` must be 2 different numbers"),
+        (["1", "2"], {"prompt_indices": [0, -1]}, "`prompt_indices` must be 2 different numbers"),
     ],
 )
 def test_group_sample_refuses_what_cannot_work(
@@ -583,3 +647,12 @@ def test_group_sample_refuses_what_cannot_work(
     with pytest.raises(ValueError, match="`") as caught:
         group_sample(tiny_model, tiny_tokenizer, prompts, **options)
     assert message in str(caught.value)
+
+
+def test_a_tokenizer_without_a_padding_token_is_enough_for_prompts_of_different_lengths(
+    small_model: LlamaForCausalLM, small_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert small_tokenizer.pad_token_id is None
+    samples = group_sample(small_model, small_tokenizer, ["a b c", "d"], max_new_tokens=2, seed=0)
+    assert [len(ids) for ids in samples.prompt_ids] == [3] * 8 + [1] * 8
+    assert all(samples.completion_ids)

@@ -7,6 +7,7 @@ to a hook with a public name. A hook that is not overridden leaves TRL's own res
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -17,12 +18,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer import grpo_trainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from trl_grpo_ext._trl.contract import check_contract
+from trl_grpo_ext.attention import changing_angles, sliding_window
+from trl_grpo_ext.errors import SharedPrefixError
+from trl_grpo_ext.logprobs import (
+    PackedGroups,
+    SharedPrefix,
+    difference_in_nats,
+    has_dropout,
+    shared_prefix_logprobs,
+)
 from trl_grpo_ext.losses import LOSS_TYPE_REDUCTIONS, ImportanceLevel, LossReduction
+from trl_grpo_ext.sampling import Completion, CompletionKey
 
 check_contract()
 
@@ -68,6 +80,9 @@ class SeamedGRPOTrainer(GRPOTrainer):
         self._keep_policy_logprobs = False
         self._rewards_per_func: Tensor | None = None
         self._num_non_finite: list[int] = []
+        self._sampled: list[Completion] | None = None
+        self._num_evaluated = 0
+        self.shared_prefix = SharedPrefix()
         with _reference_from(self):
             super().__init__(*args, **kwargs)
 
@@ -78,9 +93,46 @@ class SeamedGRPOTrainer(GRPOTrainer):
         """Whether the hooks are used at all; if not, TRL's code runs untouched."""
         return True
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether the policy takes more than text."""
+        return bool(self._is_vlm)
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether no process holds all weights."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
     def make_reference(self, policy: PreTrainedModel) -> nn.Module | None:
         """Return the frozen reference for this policy, or ``None`` to have TRL load its own."""
         return None
+
+    def sample_completions(
+        self,
+        model: PreTrainedModel,
+        prompts: list[list[int]],
+        keys: list[CompletionKey],
+        step: int,
+    ) -> list[Completion] | None:
+        """Return one completion a prompt; ``None`` to have TRL sample.
+
+        Args:
+            model: The policy, unwrapped and in evaluation mode.
+            prompts: Token ids, each prompt as often as it has completions.
+            keys: What the random numbers of each completion depend on.
+            step: Number of the generation; 0 in evaluation, so that evaluations are comparable.
+        """
+        return None
+
+    @property
+    def samples_itself(self) -> bool:
+        """Whether :meth:`sample_completions` takes TRL's place."""
+        return False
+
+    def can_reuse_logprobs(self, sampled: list[Completion]) -> bool:
+        """Return whether the sampler's log-probabilities stand in for those of the old policy."""
+        return False
 
     def checked_reward(
         self, reward_func: Callable[..., Any], name: str, count_non_finite: Callable[[int], None]
@@ -118,6 +170,66 @@ class SeamedGRPOTrainer(GRPOTrainer):
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         with self._phase("generation"):
             return super()._generate(*args, **kwargs)
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: Any,
+        multimodal_fields: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        self._sampled = None
+        if not (self.extended and self.samples_itself) or images or multimodal_fields:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, *args, **kwargs
+            )
+        keys, step = self._completion_keys(len(prompt_ids))
+        with self._generation_model() as model:
+            self._sampled = self.sample_completions(model, prompt_ids, keys, step)
+        if self._sampled is None:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, *args, **kwargs
+            )
+        return [completion.ids for completion in self._sampled], None
+
+    @contextmanager
+    def _generation_model(self) -> Iterator[PreTrainedModel]:
+        """The policy as TRL prepares it for generation."""
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self._checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            yield cast(PreTrainedModel, model)
+
+    @property
+    def _checkpointing_kwargs(self) -> dict[str, Any] | None:
+        return cast(dict[str, Any] | None, self.args.gradient_checkpointing_kwargs)
+
+    def _completion_keys(self, num_local: int) -> tuple[list[CompletionKey], int]:
+        """Place of this process's completions among those of all, and the generation's number."""
+        accelerator = self.accelerator
+        first = accelerator.process_index * num_local
+        if self._mode == "train":
+            group_size = cast(int, self.num_generations)
+            accumulation = self.args.gradient_accumulation_steps
+            step = 1 + self.state.global_step * accumulation + self._step % accumulation
+        else:
+            group_size, step = cast(int, self.num_generations_eval), 0
+            first += self._num_evaluated
+            self._num_evaluated += accelerator.num_processes * num_local
+        rows = range(first, first + num_local)
+        return [CompletionKey(row // group_size, row % group_size) for row in rows], step
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Run TRL's loop; each evaluation draws the same random numbers."""
+        self._num_evaluated = 0
+        return super().evaluation_loop(*args, **kwargs)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self.extended:
@@ -185,15 +297,148 @@ class SeamedGRPOTrainer(GRPOTrainer):
 
     # Log-probabilities and loss -------------------------------------------------------------------
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        if not (self.extended and self.shared_prefix.mode != "never"):
+            return super()._prepare_inputs(generation_batch)
+        shuffle = grpo_trainer.shuffle_sequence_dict
+        unit = math.gcd(cast(int, self.num_generations), self.args.per_device_train_batch_size)
+        grpo_trainer.shuffle_sequence_dict = functools.partial(_shuffle_groups, unit=unit)
+        try:
+            return super()._prepare_inputs(generation_batch)
+        finally:
+            grpo_trainer.shuffle_sequence_dict = shuffle
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        batch = (input_ids, attention_mask, logits_to_keep)
         if torch.is_grad_enabled():
-            result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            result = self._shared_prefix_logprobs(model, *batch, **kwargs)
         else:
             with self._phase("logprobs"):
-                result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+                result = self._sampled_logprobs(attention_mask[:, -logits_to_keep:])
+                if result is None:
+                    result = self._shared_prefix_logprobs(model, *batch, **kwargs)
         if self._keep_policy_logprobs:
             self._policy_logprobs = result[0]
         return result
+
+    def _sampled_logprobs(self, mask_BT: Tensor) -> tuple[Tensor, None, None] | None:
+        """Log-probabilities of the old policy, if TRL wants them and the sampler kept them."""
+        sampled, self._sampled = self._sampled, None
+        generate_every = cast(int, self.args.steps_per_generation) * self.num_iterations
+        wanted = self.args.gradient_accumulation_steps % generate_every != 0
+        if sampled is None or not (wanted and self.can_reuse_logprobs(sampled)):
+            return None
+        logprobs_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
+        for row, completion in enumerate(sampled):
+            logprobs_BT[row, : len(completion.ids)] = torch.tensor(completion.policy_logprobs)
+        return logprobs_BT * mask_BT, None, None
+
+    def _shared_prefix_logprobs(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Return what TRL's method does, with each prompt computed once where that is exact."""
+        padded = functools.partial(
+            super()._get_per_token_logps_and_entropies,
+            model,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        shared = functools.partial(
+            shared_prefix_logprobs,
+            functools.partial(self._packed_forward, model, compute_entropy=compute_entropy),
+            num_labels=logits_to_keep,
+        )
+        inner = self._causal_lm(model)
+        if self._shares_prefix(inner, input_ids.shape[1], **kwargs):
+            rows = _rows_to_check(len(input_ids))
+            if not self.shared_prefix.needs_check(inner) or self._agree(
+                inner, shared, padded, input_ids[rows], attention_mask[rows]
+            ):
+                return *shared(input_ids, attention_mask, batch_size=batch_size), None
+        return padded(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            batch_size=batch_size,
+            compute_entropy=compute_entropy,
+        )
+
+    def _packed_forward(
+        self, model: nn.Module, groups: PackedGroups, *, compute_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        with self.accelerator.autocast():
+            output = model(**groups.inputs, shift_labels=groups.labels_1L, fused_lm_head=True)
+        return output.log_probs, output.entropy if compute_entropy else None
+
+    def _shares_prefix(
+        self, model: PreTrainedModel, longest: int, *, compute_aux_loss: bool = False, **_: Any
+    ) -> bool:
+        """Whether this pass can share prefixes; every process comes to the same answer."""
+        if not self.extended:
+            return False
+        problem = None
+        if compute_aux_loss:
+            problem = (
+                "its auxiliary loss counts every token of the padded batch "
+                "(`router_aux_loss_coef: 0` switches it off)"
+            )
+        elif self.reads_images:
+            problem = "it reads images"
+        elif self.args.torch_compile:
+            problem = "`torch_compile` would compile it again for every batch"
+        elif model.training and has_dropout(model):
+            problem = "it has dropout (`disable_dropout: true` switches it off)"
+        if sliding_window(model) is not None or any(changing_angles(model)):
+            width = torch.tensor([longest], device=self.accelerator.device)
+            longest = int(self.accelerator.gather(width).max())
+        return self.shared_prefix.serves(model, longest=longest, problem=problem)
+
+    def _agree(
+        self,
+        model: PreTrainedModel,
+        shared: Callable[..., Any],
+        padded: Callable[..., Any],
+        input_ids: Tensor,
+        attention_mask: Tensor,
+    ) -> bool:
+        """Whether both paths give these rows the same log-probabilities, on every process."""
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self._checkpointing_kwargs),
+        ):
+            expected = padded(input_ids=input_ids, attention_mask=attention_mask)[0]
+            try:
+                found = shared(input_ids, attention_mask)[0]
+            except SharedPrefixError as error:  # of the model's code, so on every process
+                return self.shared_prefix.refuse(model, str(error))
+        half = self.accelerator.mixed_precision != "no" or model.dtype != torch.float32
+        difference, tolerance = difference_in_nats(found, expected, half_precision=half)
+        everywhere = self.accelerator.gather(
+            torch.tensor([difference], device=self.accelerator.device)
+        )
+        return self.shared_prefix.judge(model, float(everywhere.max()), tolerance=tolerance)
+
+    def _causal_lm(self, model: nn.Module) -> PreTrainedModel:
+        """The model below the wrappers of accelerate and PEFT."""
+        inner = self.accelerator.unwrap_model(model)
+        return cast(
+            PreTrainedModel, inner.get_base_model() if hasattr(inner, "peft_config") else inner
+        )
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         if not (self.extended and self.replaces_kl and self.beta != 0.0):
@@ -273,6 +518,29 @@ class SeamedGRPOTrainer(GRPOTrainer):
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
+
+
+def _rows_to_check(num_rows: int) -> list[int]:
+    """Two completions of the first group and two of the last."""
+    return sorted({0, min(1, num_rows - 1), max(num_rows - 2, 0), num_rows - 1})
+
+
+def _shuffle_groups(batch: dict[str, Any], *, unit: int) -> dict[str, Any]:
+    """Shuffle ``unit`` rows at a time, so that a micro-batch holds whole groups, as TRL does rows.
+
+    Values without rows stay as they are.
+    """
+    num_rows = len(batch["advantages"])
+    rows = torch.randperm(num_rows // unit)[:, None] * unit + torch.arange(unit)
+
+    def shuffled(value: Any) -> Any:
+        if value is None or (isinstance(value, Tensor) and value.ndim == 0):
+            return value
+        if isinstance(value, Tensor):
+            return value[rows.flatten().to(value.device)]
+        return [value[row] for row in rows.flatten()]
+
+    return {key: shuffled(value) for key, value in batch.items()}
 
 
 @contextmanager

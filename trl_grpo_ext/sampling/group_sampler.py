@@ -1,4 +1,4 @@
-"""Group sampling: each prompt is computed once, its key-value cache serves the whole group.
+"""Group sampling from texts to texts; :mod:`trl_grpo_ext.sampling.decoding` does the work.
 
 Shapes: ``P`` prompts, ``G`` completions a prompt, ``B = P * G`` rows with the completions of prompt
 ``p`` at ``p*G .. p*G+G-1``, ``S`` tokens of the longest prompt, ``T`` completion tokens, ``V``
@@ -13,14 +13,11 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_grpo_ext.sampling.decoding import Completion, check_prompts, sample_completions
+from trl_grpo_ext.sampling.settings import SamplingSettings
+from trl_grpo_ext.sampling.streams import CompletionKey
 
 Prompt = str | Sequence[Mapping[str, object]]
 
@@ -37,7 +34,7 @@ class GroupSamples:
         policy_logprobs: Log-probability of each sampled token under temperature alone (1 where
             greedy): what the loss uses.
         sampling_logprobs: Log-probability under everything that shaped the draw (temperature,
-            top-k, top-p).
+            top-k, top-p, min-p, repetition penalty and so on).
         finish_reasons: ``"stop"`` after an end-of-sequence token, ``"length"`` at the limit.
         group_size: ``G``.
     """
@@ -67,7 +64,6 @@ class GroupSamples:
         return _padded(self.policy_logprobs)
 
 
-@torch.no_grad()
 def group_sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -78,60 +74,96 @@ def group_sample(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    generation_kwargs: Mapping[str, object] | None = None,
     seed: int | None = None,
+    step: int = 0,
+    prompt_indices: Sequence[int] | None = None,
     chat_template_kwargs: Mapping[str, object] | None = None,
+    max_live_tokens: int | None = None,
+    on_finished: Callable[[int, str, list[int]], None] | None = None,
+    progress: bool = False,
 ) -> GroupSamples:
     """Return ``num_generations`` completions of each prompt, with their log-probabilities.
 
-    A prompt runs through the model once; finished completions leave the batch at once.
+    A prompt runs through the model once; finished completions leave the batch at once. The random
+    numbers of a completion depend only on the seed, the step, its prompt's index and its index in
+    the group, so that it is the same whatever else is sampled beside it.
 
     Args:
-        model: A causal language model with a standard key-value cache; its training mode is kept.
-        tokenizer: With an end-of-sequence token, and a chat template if prompts are conversations.
+        model: A causal language model with a key-value cache; its training mode is kept.
+        tokenizer: With an end-of-sequence token, and a chat template if prompts are conversations;
+            it needs no padding token.
         prompts: ``P`` texts, or conversations (lists of messages), which get the chat template.
         num_generations: ``G``, at least 1.
         max_new_tokens: Tokens a completion at most, at least 1.
         temperature: Logits are divided by it; 0 for the likeliest token each time (greedy), with
-            the log-probabilities of temperature 1.
+            the log-probabilities of temperature 1, and without the three options that follow.
         top_p: Share of the probability mass to draw from, in (0, 1].
         top_k: Number of likeliest tokens to draw from; 0 for all.
-        seed: Of the draws, so that the same call gives the same completions on the same device; the
-            global random state if not given.
+        min_p: Least probability of a token to draw, as a share of the likeliest one's.
+        repetition_penalty: Above 1, tokens of the prompt and completion become less likely.
+        generation_kwargs: More options of ``transformers``' ``generate``; they override the
+            arguments here. See :class:`~trl_grpo_ext.sampling.settings.SamplingSettings`.
+        seed: Of the draws; drawn from the global random state if not given.
+        step: Of the training; another one gives other completions.
+        prompt_indices: ``P`` different numbers, at least 0, that stand for the prompts in their
+            random numbers; their positions here if not given.
         chat_template_kwargs: More arguments of the chat template.
+        max_live_tokens: Tokens whose keys and values are kept at a time; what does not fit is
+            sampled in a later wave. By default what fits into the memory of a CUDA device,
+            elsewhere all.
+        on_finished: Called with the index, the text and the tokens of each completion as soon as it
+            ends, while others are still growing.
+        progress: Whether to show a bar that counts completions.
 
     Returns:
         ``P * G`` completions. Log-probabilities are float32 on the CPU.
 
     Raises:
-        ValueError: an argument is out of its range, there is no prompt, or one without a token.
+        ValueError: an argument is out of its range, an option is not honoured, there is no prompt,
+            one without a token or one with more tokens than the model has positions, or the model
+            has no key-value cache.
 
     Example:
         >>> samples = group_sample(model, tokenizer, ["2 + 3 ="])  # doctest: +SKIP
         >>> samples.completions  # doctest: +SKIP
     """
-    _check(prompts, num_generations, max_new_tokens, temperature, top_p, top_k)
+    indices = range(len(prompts)) if prompt_indices is None else prompt_indices
+    _check(prompts, num_generations, indices)
+    settings = SamplingSettings.from_values(
+        {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "eos_token_id": _stop_ids(model, tokenizer),
+            **(generation_kwargs or {}),
+        }
+    )
     template = chat_template_kwargs or {}
     prompt_ids = [_prompt_ids(tokenizer, prompt, template) for prompt in prompts]
-    if [] in prompt_ids:
-        raise ValueError(
-            f"`prompts[{prompt_ids.index([])}]` has no token, so there is nothing to go on from; "
-            "leave it out, or start it with the tokenizer's `bos_token`."
-        )
-    training = model.training
-    model.eval()
-    try:
-        rows = _sample(
-            model,
-            prompt_ids,
-            group_size=num_generations,
-            max_new_tokens=max_new_tokens,
-            stop_ids=_stop_ids(model, tokenizer),
-            temperature=temperature,
-            warpers=_warpers(top_p, top_k),
-            generator=None if seed is None else torch.Generator(model.device).manual_seed(seed),
-        )
-    finally:
-        model.train(training)
+    check_prompts(model, prompt_ids, settings)
+
+    def hand_over(index: int, completion: Completion) -> None:
+        if on_finished is not None:
+            text = tokenizer.decode(completion.ids, skip_special_tokens=True)
+            on_finished(index, cast(str, text), completion.ids)
+
+    rows = sample_completions(
+        model,
+        [ids for ids in prompt_ids for _ in range(num_generations)],
+        [CompletionKey(i, j) for i in indices for j in range(num_generations)],
+        settings=settings,
+        seed=int(torch.randint(2**63 - 1, ())) if seed is None else seed,
+        step=step,
+        max_live_tokens=max_live_tokens,
+        on_finished=hand_over,
+        progress=progress,
+    )
     return GroupSamples(
         prompts=[prompt for prompt in prompts for _ in range(num_generations)],
         prompt_ids=[ids for ids in prompt_ids for _ in range(num_generations)],
@@ -180,107 +212,10 @@ def token_logprobs(
     return logprobs_BT
 
 
-@dataclass
-class _Row:
-    """One completion while it grows."""
-
-    ids: list[int]
-    policy_logprobs: list[float]
-    sampling_logprobs: list[float]
-    stopped: bool = False
-
-
-def _sample(
-    model: PreTrainedModel,
-    prompt_ids: list[list[int]],
-    *,
-    group_size: int,
-    max_new_tokens: int,
-    stop_ids: set[int],
-    temperature: float,
-    warpers: LogitsProcessorList,
-    generator: torch.Generator | None,
-) -> list[_Row]:
-    input_ids, mask = _left_padded(prompt_ids, model.device)
-    cache = DynamicCache(config=model.config)
-    logits = _last_logits(model, input_ids, mask, cache).repeat_interleave(group_size, dim=0)
-    cache.batch_repeat_interleave(group_size)
-    mask = mask.repeat_interleave(group_size, dim=0)
-    rows = [_Row([], [], []) for _ in range(len(logits))]
-    active = list(rows)
-    for _ in range(max_new_tokens):
-        policy_BV = (logits.float() / (temperature or 1.0)).log_softmax(dim=-1)
-        sampling_BV = warpers(
-            cast(torch.LongTensor, input_ids), cast(torch.FloatTensor, policy_BV)
-        ).log_softmax(dim=-1)
-        if temperature == 0:
-            tokens_B1 = logits.argmax(dim=-1, keepdim=True)
-        else:
-            tokens_B1 = torch.multinomial(sampling_BV.exp(), 1, generator=generator)
-        _append(
-            active,
-            tokens_B1,
-            policy_BV.gather(1, tokens_B1),
-            sampling_BV.gather(1, tokens_B1),
-            stop_ids,
-        )
-        keep = torch.tensor([not row.stopped for row in active], device=mask.device)
-        active = [row for row in active if not row.stopped]
-        if not active or len(active[0].ids) == max_new_tokens:
-            break
-        if not keep.all():
-            cache.batch_select_indices(keep.nonzero().squeeze(1))
-        mask = torch.cat([mask[keep], mask.new_ones(len(active), 1)], dim=1)
-        logits = _last_logits(model, tokens_B1[keep], mask, cache)
-    return rows
-
-
-def _last_logits(
-    model: PreTrainedModel, input_ids: Tensor, mask: Tensor, cache: DynamicCache
-) -> Tensor:
-    positions = _positions(mask)[:, -input_ids.shape[1] :]
-    output = model(
-        input_ids=input_ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    logits: Tensor = output.logits[:, -1]
-    return logits
-
-
-def _append(
-    rows: list[_Row], tokens_B1: Tensor, policy_B1: Tensor, sampling_B1: Tensor, stop_ids: set[int]
-) -> None:
-    drawn = zip(
-        rows,
-        tokens_B1.flatten().tolist(),
-        policy_B1.flatten().tolist(),
-        sampling_B1.flatten().tolist(),
-        strict=True,
-    )
-    for row, token, policy_logprob, sampling_logprob in drawn:
-        row.ids.append(token)
-        row.policy_logprobs.append(policy_logprob)
-        row.sampling_logprobs.append(sampling_logprob)
-        row.stopped = token in stop_ids
-
-
-def _warpers(top_p: float, top_k: int) -> LogitsProcessorList:
-    warpers = LogitsProcessorList()
-    if top_k > 0:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p < 1.0:
-        warpers.append(TopPLogitsWarper(top_p))
-    return warpers
-
-
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     declared = model.generation_config.eos_token_id if model.generation_config else None
     ids = declared if isinstance(declared, list) else [declared]
-    return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+    return [i for i in [*ids, tokenizer.eos_token_id] if i is not None]
 
 
 def _prompt_ids(
@@ -312,23 +247,13 @@ def _padded(rows: list[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def _check(
-    prompts: Sequence[Prompt],
-    num_generations: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-) -> None:
+def _check(prompts: Sequence[Prompt], num_generations: int, indices: Sequence[int]) -> None:
     if isinstance(prompts, str) or not prompts:
         raise ValueError("`prompts` must be a list of at least one prompt.")
-    for name, value in (("num_generations", num_generations), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise ValueError(f"`{name}` is {value}; it must be at least 1.")
-    if not temperature >= 0:
+    if num_generations < 1:
+        raise ValueError(f"`num_generations` is {num_generations}; it must be at least 1.")
+    if len(indices) != len(prompts) or len(set(indices)) < len(indices) or min(indices) < 0:
         raise ValueError(
-            f"`temperature` is {temperature}; "
-            "it must be at least 0 (0 takes the likeliest token each time)."
+            f"`prompt_indices` must be {len(prompts)} different numbers of at least 0, one a "
+            "prompt, or two prompts would get the same random numbers."
         )
-    if not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(f"`top_p`={top_p} must be in (0, 1], and `top_k`={top_k} at least 0.")

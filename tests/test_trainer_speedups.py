@@ -1,0 +1,433 @@
+"""Sampler and shared prefixes inside the trainer: plain TRL's numbers, from fewer tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
+from trl_grpo_ext.errors import ConfigurationError, SharedPrefixError
+from trl_grpo_ext.logprobs import PackedGroups
+
+PROMPTS = Dataset.from_dict(
+    {"prompt": [f"{s}{i}" for i in range(3) for s in ("1 + ", "what is 23 + ", "", "abc " * 5)]}
+)
+
+
+def settings(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(tmp_path / "out"),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": 12,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "max_grad_norm": 1e9,
+        "logging_steps": 1,
+        "max_steps": 3,
+        "beta": 0.1,
+        "seed": 7,
+    } | changes
+
+
+def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """Completions of 1 to 8 tokens; each depends on the prompt and its place in the batch only."""
+    rows = []
+    for index, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(sum(map(ord, prompt)) * 10 + index % 4)
+        length = 1 + int(torch.randint(8, (), generator=generator))
+        rows.append(torch.randint(4, 60, (length,), generator=generator).tolist())
+        if index % 2:
+            rows[-1][-1] = trainer.processing_class.eos_token_id
+    ids = [trainer.processing_class(prompt).input_ids for prompt in prompts]
+    return {"prompt_ids": ids, "completion_ids": rows, "logprobs": None}
+
+
+def vowels(*, completions: list[str], **_: Any) -> list[float]:
+    return [float(sum(character in "aeiou13579" for character in text)) for text in completions]
+
+
+def trainer_of(cls: Any, config: Any, model: Any, tmp_path: Path, **changes: Any) -> Any:
+    of_trainer = {k: changes.pop(k) for k in ("rollout_func", "peft_config") if k in changes}
+    return cls(
+        str(model) if isinstance(model, Path) else model,
+        vowels,
+        config(**settings(tmp_path, **changes)),
+        PROMPTS,
+        **of_trainer,
+    )
+
+
+def ours(model: Any, tmp_path: Path, **changes: Any) -> Any:
+    return trainer_of(ExtGRPOTrainer, ExtGRPOConfig, model, tmp_path, **changes)
+
+
+def theirs(model: Any, tmp_path: Path, **changes: Any) -> Any:
+    return trainer_of(GRPOTrainer, GRPOConfig, model, tmp_path, **changes)
+
+
+def trained(trainer: Any) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    trainer.train()
+    return trainer.state.log_history, trainer.model.state_dict()
+
+
+def series(history: list[dict[str, Any]], key: str) -> list[float]:
+    return [entry[key] for entry in history if key in entry]
+
+
+@pytest.fixture
+def warnings_logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What this package and transformers log at warning level."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "trl_grpo_ext")]
+    before = [logger.propagate for logger in loggers]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.propagate = True
+        logger.setLevel(logging.WARNING)
+    yield caplog
+    for logger, propagate, level in zip(loggers, before, levels, strict=True):
+        logger.propagate = propagate
+        logger.setLevel(level)
+
+
+# Shared prefixes: the numbers of plain TRL ----------------------------------------------------
+
+LORA = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"loss_type": "grpo", "gradient_accumulation_steps": 3, "per_device_train_batch_size": 4},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 6},
+        {"gradient_accumulation_steps": 6, "per_device_train_batch_size": 2},
+        {"num_iterations": 2},
+        {"gradient_checkpointing": True},
+        {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
+        {"mask_truncated_completions": True},
+        {"temperature": 0.7, "top_entropy_quantile": 0.5},
+        {"kl_clamp": 1000.0},
+        {"entropy_coef": 0.1},
+        {"peft_config": LORA},
+        {"peft_config": LORA, "num_iterations": 2, "gradient_checkpointing": True},
+    ],
+    ids=[
+        "defaults",
+        "accumulation",
+        "groups-cut-in-two",
+        "half-groups",
+        "two-iterations",
+        "checkpointing",
+        "reentrant-checkpointing",
+        "masked-truncated",
+        "entropy-quantile",
+        "own-kl",
+        "entropy-bonus",
+        "peft",
+        "peft-two-iterations",
+    ],
+)
+@pytest.mark.filterwarnings("ignore:You are importing from 'rollout_func'")
+def test_shared_prefix_gives_the_numbers_of_trl_for_given_completions(
+    tiny_model_dir: Path, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    changes = {"rollout_func": rollout, **changes}
+    found, weights = trained(ours(tiny_model_dir, tmp_path, shared_prefix="always", **changes))
+    changes.pop("kl_clamp", None)
+    expected, their_weights = trained(theirs(tiny_model_dir, tmp_path, **changes))
+    keys = ["loss", "grad_norm", "reward"]
+    if "gradient_accumulation_steps" not in changes:  # these are means of micro-batches' means
+        keys += ["kl", "entropy", "clip_ratio/region_mean"]
+    for key in keys:
+        assert series(found, key) == pytest.approx(series(expected, key), rel=1e-4, abs=1e-6), key
+    assert max(map(abs, series(expected, "kl"))) > 1e-3
+    assert weights.keys() == their_weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, their_weights[name], atol=2e-6, rtol=1e-5)
+
+
+def test_shared_prefix_computes_each_prompt_once(tiny_model_dir: Path, tmp_path: Path) -> None:
+    trainer = ours(tiny_model_dir, tmp_path, max_steps=1, verify_shared_prefix=False)
+    rows: list[tuple[int, ...]] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        if isinstance(kwargs.get("shared_prefix"), PackedGroups):
+            rows.append(tuple(kwargs["input_ids"].shape))
+
+    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    prompts, completions = set(trainer._logs["prompt"]), list(trainer._logs["completion"])
+    assert len(completions) == 12
+    longest = sum(map(len, prompts)) + 12 * 7  # 12 completions of at most 8 tokens, the last unread
+    assert [row[0] for row in rows] == [1]
+    assert sum(map(len, prompts)) < rows[0][1] <= longest
+
+
+def test_micro_batches_hold_whole_groups(tiny_model_dir: Path, tmp_path: Path) -> None:
+    changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+    trainer = ours(tiny_model_dir, tmp_path, max_steps=1, **changes)
+    trainer.train()
+    for batch in trainer._buffered_inputs:
+        assert len({tuple(row) for row in batch["prompt_ids"].tolist()}) == 1
+    firsts = [tuple(batch["prompt_ids"][0].tolist()) for batch in trainer._buffered_inputs]
+    assert len(set(firsts)) == 3
+
+
+# Shared prefixes: where they are not exact ----------------------------------------------------
+
+
+def tiny_mixture(tokenizer: Any, **changes: Any) -> Qwen3MoeForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **changes,
+    )
+    return Qwen3MoeForCausalLM(config).float()
+
+
+@pytest.mark.parametrize(("coefficient", "shared"), [(0.001, False), (0.0, True)])
+@pytest.mark.parametrize("in_the_config", [False, True])
+def test_a_mixture_with_an_auxiliary_loss_takes_padded_rows(
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    warnings_logged: pytest.LogCaptureFixture,
+    coefficient: float,
+    shared: bool,
+    in_the_config: bool,
+) -> None:
+    folder = tmp_path / "mixture"
+    mixture = tiny_mixture(
+        tiny_tokenizer, router_aux_loss_coef=coefficient, output_router_logits=in_the_config
+    )
+    mixture.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    options = {"router_aux_loss_coef": coefficient}
+    trainer = ours(folder, tmp_path, max_steps=2, **options)
+    trainer.train()
+    told = [r.message for r in warnings_logged.records if "padded path" in r.message]
+    assert len(told) == (0 if shared else 1)
+    assert shared or "router_aux_loss_coef: 0" in told[0]
+
+
+def test_dropout_takes_padded_rows_and_says_so_once(
+    tiny_model_dir: Path, tmp_path: Path, warnings_logged: pytest.LogCaptureFixture
+) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.1)
+    ours(tiny_model_dir, tmp_path, peft_config=lora).train()
+    told = [r.message for r in warnings_logged.records if "padded path" in r.message]
+    assert len(told) == 1
+    assert "it has dropout" in told[0]
+
+
+def test_shared_prefix_always_is_an_error_where_it_is_not_exact(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.1)
+    with pytest.raises(SharedPrefixError, match=r"it has dropout .* Set `shared_prefix: auto`"):
+        ours(tiny_model_dir, tmp_path, peft_config=lora, shared_prefix="always").train()
+
+
+def test_the_first_batch_finds_a_model_whose_attention_is_another(
+    tiny_model_dir: Path, tmp_path: Path, warnings_logged: pytest.LogCaptureFixture
+) -> None:
+    # A layer that looks at the place in the batch, as attention of an unknown kind might.
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    layer = model.model.layers[0].mlp
+    layer.register_forward_hook(lambda _, __, out: out + 0.1 * torch.arange(out.shape[1])[:, None])
+    trainer = ExtGRPOTrainer(model, vowels, ExtGRPOConfig(**settings(tmp_path)), PROMPTS)
+    trainer.train()
+    told = [r.message for r in warnings_logged.records if "padded path" in r.message]
+    assert len(told) == 1
+    assert "log-probabilities differ" in told[0]
+
+
+def test_a_model_that_keeps_its_attention_to_itself_takes_padded_rows(
+    tiny_tokenizer: Any, tmp_path: Path, warnings_logged: pytest.LogCaptureFixture
+) -> None:
+    config = StableLmConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+    )
+    StableLmForCausalLM(config).float().save_pretrained(tmp_path / "stable")
+    tiny_tokenizer.save_pretrained(tmp_path / "stable")
+    ours(tmp_path / "stable", tmp_path).train()
+    told = [r.message for r in warnings_logged.records if "padded path" in r.message]
+    assert len(told) == 1
+    assert "does not hand `shared_prefix` on" in told[0]
+    with pytest.raises(SharedPrefixError, match="does not hand `shared_prefix` on"):
+        ours(tmp_path / "stable", tmp_path, shared_prefix="always").train()
+
+
+# Old log-probabilities ------------------------------------------------------------------------
+
+
+def packed_passes_without_gradient(trainer: Any) -> int:
+    passes = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        if isinstance(kwargs.get("shared_prefix"), PackedGroups) and not torch.is_grad_enabled():
+            passes.append(1)
+
+    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    return len(passes)
+
+
+def test_old_logprobs_come_from_the_sampler(tiny_model_dir: Path, tmp_path: Path) -> None:
+    changes = {"num_iterations": 2, "max_steps": 4, "verify_shared_prefix": False, "beta": 0.0}
+    kept = ours(tiny_model_dir, tmp_path, **changes)
+    recomputed = ours(tiny_model_dir, tmp_path, old_logprobs="recompute", **changes)
+    assert packed_passes_without_gradient(kept) == 0
+    assert packed_passes_without_gradient(recomputed) == 2  # one for each generation
+    for key in ("loss", "grad_norm", "clip_ratio/region_mean"):
+        found, expected = (series(t.state.log_history, key) for t in (kept, recomputed))
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for batches in zip(kept._buffered_inputs, recomputed._buffered_inputs, strict=True):
+        left, right = (batch["old_per_token_logps"] for batch in batches)
+        torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
+
+
+def test_old_logprobs_of_the_reference_adapter_are_not_the_samplers(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    # Under PEFT the reference is the policy with its adapter off: also a pass of the same model.
+    changes = {"peft_config": LORA, "learning_rate": 0.5, "max_steps": 2}
+    history, _ = trained(ours(tiny_model_dir, tmp_path, **changes))
+    again, _ = trained(ours(tiny_model_dir, tmp_path, old_logprobs="recompute", **changes))
+    assert series(history, "kl") == pytest.approx(series(again, "kl"), rel=1e-4)
+    assert series(history, "kl")[1] > 1e-5
+
+
+def test_old_logprobs_are_recomputed_under_dropout(
+    tiny_model_dir: Path, tmp_path: Path, warnings_logged: pytest.LogCaptureFixture
+) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.1)
+    ours(tiny_model_dir, tmp_path, peft_config=lora, num_iterations=2).train()
+    told = [r.message for r in warnings_logged.records if "old policy are recomputed" in r.message]
+    assert len(told) == 1
+    assert "dropout" in told[0]
+
+
+# The sampler ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3},
+        {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2},
+        {"max_live_tokens": 40},
+    ],
+    ids=["three micro-batches", "groups cut", "waves"],
+)
+def test_completions_do_not_depend_on_how_the_batch_is_cut(
+    tiny_model_dir: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    whole = ours(tiny_model_dir, tmp_path, max_steps=1)
+    cut = ours(tiny_model_dir, tmp_path, max_steps=1, **changes)
+    whole.train()
+    cut.train()
+    assert list(whole._logs["completion"]) == list(cut._logs["completion"])
+    assert len(set(whole._logs["completion"])) > 6
+
+
+def test_each_generation_draws_other_numbers(tiny_model_dir: Path, tmp_path: Path) -> None:
+    trainer = ours(tiny_model_dir, tmp_path, learning_rate=0.0, max_steps=2)
+    trainer.train_dataset = Dataset.from_dict({"prompt": ["1 + 1 ="] * 6})
+    trainer.train()
+    rewards = series(trainer.state.log_history, "reward")
+    lengths = series(trainer.state.log_history, "completions/mean_length")
+    assert rewards[0] != rewards[1] or lengths[0] != lengths[1]
+
+
+def test_evaluations_of_the_same_weights_are_equal(tiny_model_dir: Path, tmp_path: Path) -> None:
+    trainer = ours(tiny_model_dir, tmp_path, per_device_eval_batch_size=8)
+    first, second = (trainer.evaluate(PROMPTS.select(range(6))) for _ in range(2))
+    assert first["eval_reward"] == second["eval_reward"]
+    assert first["eval_completions/mean_length"] == second["eval_completions/mean_length"]
+
+
+def test_generation_options_are_honoured(tiny_model_dir: Path, tmp_path: Path) -> None:
+    exact = {"min_new_tokens": 8, "suppress_tokens": [5, 6]}
+    trainer = ours(tiny_model_dir, tmp_path, generation_kwargs=exact, max_steps=1)
+    assert trainer.group_sampler == "shared_prefill"
+    trainer.train()
+    ids = trainer._buffered_inputs[0]["completion_ids"]
+    assert ids.shape == (12, 8)
+    assert not torch.isin(ids, torch.tensor([5, 6])).any()
+
+
+def test_a_generation_option_of_another_kind_leaves_the_sampling_to_trl(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    trainer = ours(tiny_model_dir, tmp_path, generation_kwargs={"num_beams": 2}, max_steps=1)
+    assert trainer.group_sampler == "transformers"
+    trainer.train()
+
+
+def test_an_engine_that_cannot_serve_the_run_is_refused(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    changes = {"group_sampler": "shared_prefill", "cache_implementation": "static"}
+    with pytest.raises(ConfigurationError, match=r"`cache_implementation`.*group_sampler: auto"):
+        ours(tiny_model_dir, tmp_path, **changes)
+
+
+def test_a_prompt_longer_than_the_positions_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    trainer = ours(tiny_model_dir, tmp_path, max_steps=1)
+    trainer.train_dataset = Dataset.from_dict({"prompt": ["1" * 600] * 3})
+    with pytest.raises(ValueError, match=r"has 600 tokens, .* 512 positions"):
+        trainer.train()
+
+
+def test_continuous_batching_samples_in_the_trainer(tiny_model_dir: Path, tmp_path: Path) -> None:
+    changes = {"group_sampler": "continuous_batching", "num_iterations": 2, "max_steps": 2}
+    trainer = ours(tiny_model_dir, tmp_path, **changes)
+    dtypes = {parameter.dtype for parameter in trainer.model.parameters()}
+    trainer.train()
+    assert len(set(trainer._logs["completion"])) > 6
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == dtypes
+    assert trainer.model.config._attn_implementation == "sdpa"

@@ -1,0 +1,189 @@
+"""What a model keeps of prompts and completions: once a group where it can, else once a row.
+
+Shapes: ``P`` distinct prompts, ``B`` completions that are still growing, ``L`` tokens of the
+longest prompt and its completion so far, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from trl_grpo_ext.attention import route_attention, shared_prefix_inputs, shared_prefix_problem
+from trl_grpo_ext.errors import SharedPrefixError
+from trl_grpo_ext.sampling.group_cache import GroupCache
+
+logger = logging.getLogger(__name__)
+
+
+class State(Protocol):
+    """What the model knows of the rows."""
+
+    def step(self, tokens_B: Tensor) -> Tensor:
+        """Take the next token of each row, and return the logits ``(B, V)`` after it."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget every row but these, indices in growing order."""
+        ...
+
+
+class _SharedPrompts:
+    """Keys and values of a prompt are kept once, whatever the size of its group."""
+
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], sizes: Sequence[int]
+    ):
+        self._model, self._prompts = model, prompts
+        lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+        self._ends_P = lengths_P.cumsum(0) - 1
+        self._sizes_P = torch.tensor(sizes, device=model.device)
+        self._positions_B = lengths_P.repeat_interleave(self._sizes_P)
+        self._cache = GroupCache(
+            [len(prompt) for prompt in prompts], group_sizes=sizes, device=model.device
+        )
+
+    def prefill(self) -> Tensor:
+        """All prompts, one after the other in one row."""
+        ids = [token for prompt in self._prompts for token in prompt]
+        positions = [position for prompt in self._prompts for position in range(len(prompt))]
+        device = self._model.device
+        logits_PV = self._forward(
+            torch.tensor([ids], device=device),
+            torch.tensor([positions], device=device),
+            logits_to_keep=self._ends_P,
+        )[0]
+        if not self._cache.num_bytes:
+            raise SharedPrefixError("the model does not hand `shared_prefix` to its attention.")
+        return logits_PV.repeat_interleave(self._sizes_P, dim=0)
+
+    def step(self, tokens_B: Tensor) -> Tensor:
+        logits_BV = self._forward(tokens_B[:, None], self._positions_B[:, None])[:, 0]
+        self._positions_B = self._positions_B + 1
+        return logits_BV
+
+    def keep(self, rows: Tensor) -> None:
+        self._cache.keep(rows)
+        self._positions_B = self._positions_B[rows]
+
+    def _forward(self, input_ids: Tensor, position_ids: Tensor, **options: Any) -> Tensor:
+        self._cache.advance()
+        inputs = shared_prefix_inputs(input_ids, position_ids, self._cache)
+        logits: Tensor = self._model(**inputs, **options).logits
+        return logits
+
+
+class _ExpandedPrompts:
+    """Every row has the keys and values of its prompt, in the cache that is the model's own."""
+
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], sizes: Sequence[int]
+    ):
+        self._model, self._prompts = model, prompts
+        self._cache = DynamicCache(config=model.config)
+        longest, device = max(map(len, prompts)), model.device
+        masks = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        self._mask_BL = torch.tensor(masks, device=device)
+        groups = torch.arange(len(prompts), device=device)
+        self._group_of_B = groups.repeat_interleave(torch.tensor(sizes, device=device))
+
+    def prefill(self) -> Tensor:
+        """The prompts side by side, padded on the left."""
+        longest = self._mask_BL.shape[1]
+        padded = [[0] * (longest - len(prompt)) + [*prompt] for prompt in self._prompts]
+        logits_PV = self._forward(torch.tensor(padded, device=self._model.device))
+        if self._cache.get_seq_length() == 0:
+            raise _no_cache(self._model)
+        self.keep(self._group_of_B)
+        return logits_PV[self._group_of_B]
+
+    def step(self, tokens_B: Tensor) -> Tensor:
+        ones = self._mask_BL.new_ones(len(self._mask_BL), 1)
+        self._mask_BL = torch.cat([self._mask_BL, ones], dim=1)
+        return self._forward(tokens_B[:, None])
+
+    def keep(self, rows: Tensor) -> None:
+        self._cache.reorder_cache(cast(torch.LongTensor, rows))  # every kind of layer has it
+        self._mask_BL = self._mask_BL[rows]
+
+    def _forward(self, input_ids: Tensor) -> Tensor:
+        positions_BL = (self._mask_BL.cumsum(dim=1) - 1).clamp(min=0)
+        logits: Tensor = self._model(
+            input_ids=input_ids,
+            attention_mask=self._mask_BL,
+            position_ids=positions_BL[:, -input_ids.shape[1] :],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return logits[:, -1]
+
+
+def prefilled(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sizes: Sequence[int],
+    *,
+    shares: bool,
+) -> tuple[State, Tensor]:
+    """Return the state after the prompts, and the logits ``(B, V)`` of the first tokens.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        prompts: Token ids of the ``P`` distinct prompts.
+        sizes: Completions of each.
+        shares: What :func:`shares_prompts` says.
+
+    Raises:
+        ValueError: the model has no key-value cache.
+    """
+    if shares:
+        shared = _SharedPrompts(model, prompts, sizes)
+        try:
+            return shared, shared.prefill()
+        except SharedPrefixError as error:
+            logger.info("prompts are not shared within a group: %s", error)
+    if not _takes_cache(model):
+        raise _no_cache(model)
+    expanded = _ExpandedPrompts(model, prompts, sizes)
+    return expanded, expanded.prefill()
+
+
+def shares_prompts(model: PreTrainedModel, *, longest: int) -> bool:
+    """Return whether each prompt is kept once a group; ``longest`` tokens has a row at most."""
+    parameters = inspect.signature(_base_model(model).forward).parameters.values()
+    if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
+        return False
+    if (problem := shared_prefix_problem(model, longest=longest)) is not None:
+        logger.info("prompts are not shared within a group: %s", problem)
+        return False
+    try:
+        route_attention(model)
+    except SharedPrefixError as error:
+        logger.info("prompts are not shared within a group: %s", error)
+        return False
+    return True
+
+
+def _takes_cache(model: PreTrainedModel) -> bool:
+    return "past_key_values" in inspect.signature(_base_model(model).forward).parameters
+
+
+def _base_model(model: PreTrainedModel) -> nn.Module:
+    """The model inside of a PEFT model, which passes on all that it is given."""
+    get: Callable[[], nn.Module] = getattr(model, "get_base_model", lambda: model)
+    return get()
+
+
+def _no_cache(model: PreTrainedModel) -> ValueError:
+    return ValueError(
+        f"{type(_base_model(model)).__name__} fills no key-value cache, so that each token would "
+        "take a pass over the whole text. Use a model with a cache, or leave the sampling to "
+        "`transformers`' `generate`."
+    )
