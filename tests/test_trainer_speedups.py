@@ -133,6 +133,7 @@ LORA = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", lora_dropout=
         {"temperature": 0.7, "top_entropy_quantile": 0.5},
         {"kl_clamp": 1000.0},
         {"entropy_coef": 0.1},
+        {"entropy_coef": 0.1, "onednn_linear": False},
         {"peft_config": LORA},
         {"peft_config": LORA, "num_iterations": 2, "gradient_checkpointing": True},
     ],
@@ -148,6 +149,7 @@ LORA = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", lora_dropout=
         "entropy-quantile",
         "own-kl",
         "entropy-bonus",
+        "fused-head",
         "peft",
         "peft-two-iterations",
     ],
@@ -159,7 +161,8 @@ def test_shared_prefix_gives_the_numbers_of_trl_for_given_completions(
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     changes = {"rollout_func": rollout, **changes}
     found, weights = trained(ours(tiny_model_dir, tmp_path, shared_prefix="always", **changes))
-    changes.pop("kl_clamp", None)
+    for name in ("kl_clamp", "onednn_linear"):
+        changes.pop(name, None)
     expected, their_weights = trained(theirs(tiny_model_dir, tmp_path, **changes))
     keys = ["loss", "grad_norm", "reward"]
     if "gradient_accumulation_steps" not in changes:  # these are means of micro-batches' means

@@ -317,9 +317,12 @@ def test_shared_prefix_equals_padding_when_micro_batches_split_groups(batch_size
     assert_same_pass(train_on(model, by_packing, batch(ROWS), batch_size=batch_size), expected)
 
 
-@pytest.mark.parametrize(("batch_size", "expected"), [(None, [7]), (3, [3, 3, 1]), (9, [7])])
+@pytest.mark.parametrize(
+    ("batch_size", "max_tokens", "expected"),
+    [(None, 0, [7]), (3, 0, [3, 3, 1]), (9, 0, [7]), (3, -1, [3, 3, 1]), (3, 1, [7])],
+)
 def test_shared_prefix_logprobs_takes_batch_size_completions_a_pass(
-    batch_size: int | None, expected: list[int]
+    batch_size: int | None, max_tokens: int, expected: list[int]
 ) -> None:
     seen: list[int] = []
 
@@ -328,8 +331,16 @@ def test_shared_prefix_logprobs_takes_batch_size_completions_a_pass(
         return groups.labels_1L.float(), None
 
     data = batch(ROWS)
+    if max_tokens:  # one less than all tokens, or all
+        whole = pack_groups(data.ids_BW, data.mask_BW, num_labels=data.num_labels)
+        max_tokens = whole.num_tokens + min(max_tokens, 0)
     tokens_BT, _ = shared_prefix_logprobs(
-        forward, data.ids_BW, data.mask_BW, num_labels=data.num_labels, batch_size=batch_size
+        forward,
+        data.ids_BW,
+        data.mask_BW,
+        num_labels=data.num_labels,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
     )
     assert seen == expected
     assert tokens_BT.tolist() == (data.ids_BW * data.mask_BW)[:, -data.num_labels :].tolist()

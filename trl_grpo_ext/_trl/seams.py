@@ -25,13 +25,16 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from trl_grpo_ext._trl.contract import check_contract
 from trl_grpo_ext.attention import changing_angles, sliding_window
+from trl_grpo_ext.cpu_linear import OneDNNLinear
 from trl_grpo_ext.errors import SharedPrefixError
 from trl_grpo_ext.logprobs import (
+    LOGITS_LIMIT_BYTES,
     PackedGroups,
     SharedPrefix,
     difference_in_nats,
     has_dropout,
     shared_prefix_logprobs,
+    token_statistics,
 )
 from trl_grpo_ext.losses import LOSS_TYPE_REDUCTIONS, ImportanceLevel, LossReduction
 from trl_grpo_ext.sampling import Completion, CompletionKey
@@ -370,7 +373,12 @@ class SeamedGRPOTrainer(GRPOTrainer):
             if not self.shared_prefix.needs_check(inner) or self._agree(
                 inner, shared, padded, input_ids[rows], attention_mask[rows]
             ):
-                return *shared(input_ids, attention_mask, batch_size=batch_size), None
+                # Tokens of a padded pass. Sharded weights need as many passes on each process.
+                room = 0 if self.shards_weights else (batch_size or 0) * input_ids.shape[1]
+                return (
+                    *shared(input_ids, attention_mask, batch_size=batch_size, max_tokens=room),
+                    None,
+                )
         return padded(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -381,9 +389,22 @@ class SeamedGRPOTrainer(GRPOTrainer):
     def _packed_forward(
         self, model: nn.Module, groups: PackedGroups, *, compute_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
+        if self._keeps_logits(model, groups):
+            logits_1LV = model(**groups.inputs).logits
+            logprobs_L, entropies_L = token_statistics(
+                logits_1LV[0], groups.labels_1L[0], temperature=self.temperature
+            )
+            return logprobs_L[None], entropies_L[None] if compute_entropy else None
         with self.accelerator.autocast():
             output = model(**groups.inputs, shift_labels=groups.labels_1L, fused_lm_head=True)
         return output.log_probs, output.entropy if compute_entropy else None
+
+    def _keeps_logits(self, model: nn.Module, groups: PackedGroups) -> bool:
+        """Whether the logits are kept for the backward pass: on a CPU, where that is faster."""
+        head = self._causal_lm(model).get_output_embeddings()
+        if not isinstance(head, OneDNNLinear) or self.accelerator.mixed_precision != "no":
+            return False
+        return 4 * groups.labels_1L.numel() * len(head.weight) <= LOGITS_LIMIT_BYTES
 
     def _shares_prefix(
         self, model: PreTrainedModel, longest: int, *, compute_aux_loss: bool = False, **_: Any

@@ -1,5 +1,6 @@
 """Log-probabilities of groups of completions, with each prompt computed once."""
 
+from trl_grpo_ext.logprobs.head import LOGITS_LIMIT_BYTES, token_statistics
 from trl_grpo_ext.logprobs.packing import PackedGroups, pack_groups
 from trl_grpo_ext.logprobs.shared_prefix import (
     SharedPrefix,
@@ -10,6 +11,7 @@ from trl_grpo_ext.logprobs.shared_prefix import (
 )
 
 __all__ = [
+    "LOGITS_LIMIT_BYTES",
     "PackedGroups",
     "SharedPrefix",
     "difference_in_nats",
@@ -17,4 +19,5 @@ __all__ = [
     "pack_groups",
     "prepare_shared_prefix",
     "shared_prefix_logprobs",
+    "token_statistics",
 ]

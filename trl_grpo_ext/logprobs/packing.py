@@ -76,6 +76,11 @@ class PackedGroups:
     attended: Attended = field(default_factory=Attended, compare=False)
 
     @property
+    def num_tokens(self) -> int:
+        """``N``."""
+        return self.input_ids_1N.shape[1]
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """Arguments of a forward pass; its output holds the places of ``scored_L`` only."""
         return shared_prefix_inputs(self.input_ids_1N, self.position_ids_1N, self)

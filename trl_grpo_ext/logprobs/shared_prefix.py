@@ -72,6 +72,7 @@ def shared_prefix_logprobs(
     *,
     num_labels: int,
     batch_size: int | None = None,
+    max_tokens: int = 0,
 ) -> Logprobs:
     """Return log-probabilities and entropies of the completion tokens, ``(B, T)``, 0 on padding.
 
@@ -81,19 +82,23 @@ def shared_prefix_logprobs(
         attention_mask_BW: 1 on their tokens.
         num_labels: ``T``.
         batch_size: Completions a forward pass; all if not given.
+        max_tokens: If all of them, packed, are no more tokens than this, they are one pass.
     """
-    parts = []
-    size = batch_size or len(input_ids_BW)
-    batches = (torch.split(x, size) for x in (input_ids_BW, attention_mask_BW))
-    for ids, mask in zip(*batches, strict=True):
-        groups = pack_groups(ids, mask, num_labels=num_labels)
-        logprobs, entropies = forward(groups)
-        parts.append(
-            (groups.unpack(logprobs), None if entropies is None else groups.unpack(entropies))
-        )
-    logprobs_BT = torch.cat([part[0] for part in parts])
-    entropies_BT = [part[1] for part in parts if part[1] is not None]
-    return logprobs_BT, torch.cat(entropies_BT) if entropies_BT else None
+    whole = pack_groups(input_ids_BW, attention_mask_BW, num_labels=num_labels)
+    if batch_size is None or whole.num_tokens <= max_tokens:
+        return _unpacked(forward, whole)
+    batches = (torch.split(x, batch_size) for x in (input_ids_BW, attention_mask_BW))
+    parts = [
+        _unpacked(forward, pack_groups(ids, mask, num_labels=num_labels))
+        for ids, mask in zip(*batches, strict=True)
+    ]
+    entropies = [part[1] for part in parts if part[1] is not None]
+    return torch.cat([part[0] for part in parts]), torch.cat(entropies) if entropies else None
+
+
+def _unpacked(forward: Callable[[PackedGroups], Logprobs], groups: PackedGroups) -> Logprobs:
+    logprobs, entropies = forward(groups)
+    return groups.unpack(logprobs), None if entropies is None else groups.unpack(entropies)
 
 
 @dataclass
