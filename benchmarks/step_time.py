@@ -164,7 +164,8 @@ class Steps(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Keep what was counted; what no phase covers is ``other``."""
         step = {"step": time.perf_counter() - self._start, **self.stopwatch.seconds}
-        step["other"] += step["step"] - sum(step.get(name, 0.0) for name in PHASES)
+        uncounted = step["step"] - sum(step.get(name, 0.0) for name in PHASES)
+        step["other"] = step.get("other", 0.0) + uncounted
         self.steps.append(step)
 
 
