@@ -2,9 +2,10 @@
 
     python benchmarks/step_time.py                           # the CPU scenarios, one by one
     python benchmarks/step_time.py --scenario long --json    # one; its last line is JSON
-    python benchmarks/step_time.py --scenario gpu --model random:qwen2.5-1.5b --dtype bfloat16
+    python benchmarks/step_time.py --scenario gpu --model random:qwen2.5-1.5b --dtype bfloat16 \
+        --arms trl trl_continuous ours ours_shared_prefill ours_continuous
 
-Both trainers run in turn, each time in a process of its own: the same model, prompts, seed, options
+The trainers run in turn, each time in a process of its own: the same model, prompts, seed, options
 and lengths (every completion is forced to the same number of tokens). The first generation of a
 process is not counted. A step's seconds are the median over its process; the ratio is taken
 repeat by repeat. Run it with nothing else on the machine. Writes outputs/step_time/SCENARIO.json;
@@ -47,6 +48,7 @@ from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
 from trl_grpo_ext.model_cache import prepare_model
 
 OUTPUT = Path("outputs/step_time")
+PACKAGED = "smollm2-135m"
 PHASES = ("generation", "logprobs", "update", "optimizer", "other")
 
 
@@ -81,6 +83,17 @@ SCENARIOS = {
     ),
 }
 ON_CPU = ("short", "long", "multi_step", "reasoning")
+
+# Trainers, with what they are given beyond the scenario; the first of --arms is the baseline.
+ARMS: dict[str, dict[str, Any]] = {
+    "trl": {},
+    "trl_continuous": {"use_transformers_continuous_batching": True},
+    "ours": {},
+    "ours_shared_prefill": {"group_sampler": "shared_prefill"},
+    "ours_continuous": {"group_sampler": "continuous_batching"},
+    "ours_without_onednn": {"onednn_linear": False},
+}
+NEVER = 10**9  # a stop token that no vocabulary has
 
 # [FLOP/s dense bf16, bytes/s] of the devices that the roofline is known for.
 RATES = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
@@ -169,15 +182,16 @@ class Steps(TrainerCallback):
         self.steps.append(step)
 
 
-def measure(arm: str, scenario: Scenario, *, model_name: str, dtype: str, num_cycles: int) -> None:
-    """Run one trainer for a warm-up and ``num_cycles`` generations, and print what was measured."""
-    model, tokenizer = load(model_name, dtype=dtype)
+def measure(arm: str, scenario: Scenario, options: argparse.Namespace) -> None:
+    """Run one trainer for a warm-up and some generations, and print what was measured."""
+    model, tokenizer = load(options.model, tokenizer=options.tokenizer, dtype=options.dtype)
     stopwatch = Stopwatch()
     steps = Steps(stopwatch)
-    options = ExtGRPOConfig if arm.startswith("ours") else GRPOConfig
-    trainer_class = ExtGRPOTrainer if arm.startswith("ours") else GRPOTrainer
+    config_class, trainer_class = (
+        (ExtGRPOConfig, ExtGRPOTrainer) if arm.startswith("ours") else (GRPOConfig, GRPOTrainer)
+    )
     use_cpu = not torch.cuda.is_available()
-    args = options(
+    args = config_class(
         output_dir=str(OUTPUT / "trainer"),
         use_cpu=use_cpu,
         bf16=False,
@@ -188,14 +202,13 @@ def measure(arm: str, scenario: Scenario, *, model_name: str, dtype: str, num_cy
         seed=0,
         beta=0.04,
         learning_rate=1e-6,
-        max_steps=(1 + num_cycles) * scenario.num_iterations,
+        max_steps=(1 + options.cycles) * scenario.num_iterations,
         per_device_train_batch_size=scenario.micro_batch,
         gradient_accumulation_steps=scenario.accumulation,
         num_iterations=scenario.num_iterations,
         num_generations=scenario.num_generations,
         max_completion_length=scenario.completion_length,
-        generation_kwargs={"min_new_tokens": scenario.completion_length},
-        use_transformers_continuous_batching=arm == "trl_continuous",
+        generation_kwargs=without_an_end(scenario, random_weights=":" in options.model),
         **ARMS[arm],
     )
     trainer = trainer_class(
@@ -222,7 +235,14 @@ def measure(arm: str, scenario: Scenario, *, model_name: str, dtype: str, num_cy
     print(json.dumps(found))
 
 
-ARMS: dict[str, dict[str, Any]] = {"trl": {}, "trl_continuous": {}, "ours": {}}
+def without_an_end(scenario: Scenario, *, random_weights: bool) -> dict[str, int]:
+    """Return options of generation that make every completion as long as the scenario says.
+
+    Continuous batching knows no minimum; random weights hardly ever sample the stop token.
+    """
+    if random_weights:
+        return {"eos_token_id": NEVER}
+    return {"min_new_tokens": scenario.completion_length}
 
 
 def watch(trainer: Any, stopwatch: Stopwatch) -> None:
@@ -248,25 +268,32 @@ def median_step(steps: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def load(name: str, *, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    name: str, *, tokenizer: str, dtype: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return model and tokenizer: of a folder, packaged, or random weights of a known shape."""
-    folder = prepare_model("HuggingFaceTB/SmolLM2-135M-Instruct", source="package")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not name.startswith("random:"):
-        return AutoModelForCausalLM.from_pretrained(
-            folder if name == "smollm2-135m" else name, dtype=getattr(torch, dtype)
-        ), tokenizer
+    given = AutoTokenizer.from_pretrained(packaged(tokenizer))
+    folder = random_model(name, given, dtype=dtype) if ":" in name else packaged(name)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)), given
+
+
+def packaged(name: str) -> str | Path:
+    """Return the folder of the packaged model, or the one that was named."""
+    if name != PACKAGED:
+        return name
+    return prepare_model("HuggingFaceTB/SmolLM2-135M-Instruct", source="package")
+
+
+def random_model(name: str, tokenizer: PreTrainedTokenizerBase, *, dtype: str) -> Path:
+    """Write random weights of a known shape to a folder, from which TRL loads its reference too."""
     shape = SHAPES[name.removeprefix("random:")]
     config = Qwen2Config(**shape, eos_token_id=tokenizer.eos_token_id)
     torch.manual_seed(0)
-    random_folder = OUTPUT / name.replace(":", "_")  # TRL loads its reference from the disk
-    if not random_folder.exists():
+    folder = OUTPUT / f"{name.replace(':', '_')}_{dtype}"
+    if not (folder / "config.json").exists():
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-        model.save_pretrained(random_folder)
-        tokenizer.save_pretrained(random_folder)
-    return AutoModelForCausalLM.from_pretrained(
-        random_folder, dtype=getattr(torch, dtype)
-    ), tokenizer
+        model.save_pretrained(folder)
+    return folder
 
 
 SHAPES = {
@@ -316,7 +343,7 @@ def number_of_vowels(*, completions: list[str], **_: Any) -> list[float]:
 
 
 def prompts(tokenizer: PreTrainedTokenizerBase, *, length: int) -> Dataset:
-    """Return 64 different prompts of exactly ``length`` tokens."""
+    """Return 64 different prompts of ``length`` tokens, where a word is one token."""
     words = ["the", "of", "and", "to", "in", "is", "you", "that", "it", "he", "was", "for", "on"]
     texts = []
     for i in range(64):
@@ -336,7 +363,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scenario", choices=list(SCENARIOS))
-    parser.add_argument("--model", default="smollm2-135m", help="a folder, or random:SHAPE")
+    parser.add_argument("--model", default=PACKAGED, help="a folder, or random:SHAPE")
+    parser.add_argument("--tokenizer", default=PACKAGED, help="a folder")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each trainer")
     parser.add_argument("--cycles", type=int, default=1, help="generations counted a process")
@@ -350,13 +378,7 @@ def main() -> None:
         if options.completion_length:
             scenario = replace(scenario, completion_length=options.completion_length)
         if options.measure:
-            measure(
-                options.measure,
-                scenario,
-                model_name=options.model,
-                dtype=options.dtype,
-                num_cycles=options.cycles,
-            )
+            measure(options.measure, scenario, options)
             continue
         result = compare(name, scenario, options)
         show(result)
@@ -368,7 +390,7 @@ def main() -> None:
 
 def compare(name: str, scenario: Scenario, options: argparse.Namespace) -> dict[str, Any]:
     """Run the trainers in turn and return seconds, ratios and peaks."""
-    prepare_model("HuggingFaceTB/SmolLM2-135M-Instruct", source="package")
+    packaged(options.tokenizer)  # so that its download is no part of a run
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
     for repeat in range(options.repeats):
         for arm in options.arms:
@@ -379,14 +401,15 @@ def compare(name: str, scenario: Scenario, options: argparse.Namespace) -> dict[
         for arm, found in runs.items()
     }
     baseline = options.arms[0]
-    ratios = [b / o for b, o in zip(seconds[baseline], seconds["ours"], strict=True)]
+    ours = "ours" if "ours" in seconds else options.arms[-1]
+    ratios = [b / o for b, o in zip(seconds[baseline], seconds[ours], strict=True)]
     tokens = scenario.num_completions * scenario.completion_length / scenario.num_iterations
     result = {
         "scenario": name,
         **{f"{arm}_s": statistics.median(values) for arm, values in seconds.items()},
         "ratio": statistics.median(ratios),
         "ratio_range": [min(ratios), max(ratios)],
-        "pass_ratios": pass_ratios(runs[baseline], runs["ours"]),
+        "pass_ratios": pass_ratios(runs[baseline], runs[ours]),
         "tokens_a_second": {
             arm: tokens / statistics.median(values) for arm, values in seconds.items()
         },
@@ -395,7 +418,7 @@ def compare(name: str, scenario: Scenario, options: argparse.Namespace) -> dict[
         "repeats": options.repeats,
         "model": options.model,
         "dtype": options.dtype,
-        "device": runs["ours"][0]["device"],
+        "device": runs[ours][0]["device"],
         "settings": asdict(scenario),
     }
     for label, rate in RATES.items():
@@ -410,7 +433,8 @@ def compare(name: str, scenario: Scenario, options: argparse.Namespace) -> dict[
 def run_arm(arm: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run one trainer in a process of its own and return what it measured."""
     command = [sys.executable, __file__, "--measure", arm, "--scenario", name]
-    command += ["--model", options.model, "--dtype", options.dtype, "--cycles", str(options.cycles)]
+    for key in ("model", "tokenizer", "dtype", "cycles"):
+        command += [f"--{key}", str(getattr(options, key))]
     if options.completion_length:
         command += ["--completion_length", str(options.completion_length)]
     ran = subprocess.run(

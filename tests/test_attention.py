@@ -222,7 +222,7 @@ def test_shared_prefix_problem_compares_the_sliding_window_with_the_longest_row(
     model = build(MistralConfig(**SIZES, sliding_window=8))
     assert shared_prefix_problem(model, longest=8) is None
     assert shared_prefix_problem(model, longest=9) == (
-        "its sliding window of 8 tokens is shorter than a row of 9"
+        "its sliding window of 8 tokens is shorter than some rows"
     )
 
 

@@ -38,8 +38,8 @@ def digits(*, completions, **_):
 config = ExtGRPOConfig(
     out, use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,
     per_device_train_batch_size=per_device, max_completion_length=8,
-    learning_rate=1e-2, optim="sgd", max_steps=3, logging_steps=1, seed=3,
-    gradient_checkpointing=False, **{"num_generations": 4, **json.loads(sys.argv[4])},
+    learning_rate=1e-2, optim="sgd", logging_steps=1, seed=3, gradient_checkpointing=False,
+    **{"num_generations": 4, "max_steps": 3, **json.loads(sys.argv[4])},
 )
 dataset = Dataset.from_dict({"prompt": [f"{a} + {a} =" for a in range(8)]})
 given = {"rollout_func": rollout} if config.group_sampler == "transformers" else {}
@@ -120,8 +120,15 @@ def launch(script: str, folder: Path, *arguments: object, processes: int) -> Any
             "group_sampler": "transformers",
         },
         {"group_sampler": "shared_prefill", "shared_prefix": "always", "num_generations": 8},
+        {
+            "group_sampler": "shared_prefill",
+            "shared_prefix": "always",
+            "num_iterations": 2,
+            "max_steps": 4,
+            "beta": 0.1,
+        },
     ],
-    ids=["quantized-reference", "batch-scale", "own-sampler-and-split-groups"],
+    ids=["quantized-reference", "batch-scale", "split-groups", "reused-groups"],
 )
 def test_two_processes_give_what_one_gives(
     tiny_model_dir: Path, tmp_path: Path, options: dict[str, Any]

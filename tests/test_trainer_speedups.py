@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from transformers import (
     AutoModelForCausalLM,
     Qwen3MoeConfig,
@@ -94,6 +94,19 @@ def trained(trainer: Any) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]
 
 def series(history: list[dict[str, Any]], key: str) -> list[float]:
     return [entry[key] for entry in history if key in entry]
+
+
+def count_packed_passes(trainer: Any, *, with_gradient: bool) -> list[int]:
+    """A list that gets an entry for each packed pass of the policy."""
+    passes: list[int] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        packed = isinstance(kwargs.get("shared_prefix"), PackedGroups)
+        if packed and torch.is_grad_enabled() is with_gradient:
+            passes.append(1)
+
+    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+    return passes
 
 
 @pytest.fixture
@@ -185,11 +198,15 @@ def test_shared_prefix_computes_each_prompt_once(tiny_model_dir: Path, tmp_path:
 
     trainer.model.register_forward_pre_hook(note, with_kwargs=True)
     trainer.train()
-    prompts, completions = set(trainer._logs["prompt"]), list(trainer._logs["completion"])
-    assert len(completions) == 12
-    longest = sum(map(len, prompts)) + 12 * 7  # 12 completions of at most 8 tokens, the last unread
-    assert [row[0] for row in rows] == [1]
-    assert sum(map(len, prompts)) < rows[0][1] <= longest
+    (batch,) = trainer._buffered_inputs
+    prompts = {
+        tuple(ids[mask.bool()].tolist())
+        for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)
+    }
+    assert len(prompts) == 3
+    # The last token of a completion predicts nothing.
+    num_tokens = sum(map(len, prompts)) + int(batch["completion_mask"].sum()) - 12
+    assert rows == [(1, num_tokens)]  # the policy; the reference is another model
 
 
 def test_micro_batches_hold_whole_groups(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -234,7 +251,9 @@ def test_a_mixture_with_an_auxiliary_loss_takes_padded_rows(
     coefficient: float,
     shared: bool,
     in_the_config: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     folder = tmp_path / "mixture"
     mixture = tiny_mixture(
         tiny_tokenizer, router_aux_loss_coef=coefficient, output_router_logits=in_the_config
@@ -242,11 +261,17 @@ def test_a_mixture_with_an_auxiliary_loss_takes_padded_rows(
     mixture.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     options = {"router_aux_loss_coef": coefficient}
-    trainer = ours(folder, tmp_path, max_steps=2, **options)
-    trainer.train()
+    changes = {"max_steps": 2, "rollout_func": rollout, **options}
+    trainer = ours(folder, tmp_path, verify_shared_prefix=False, **changes)
+    packed = count_packed_passes(trainer, with_gradient=True)
+    found, _ = trained(trainer)
+    expected, _ = trained(theirs(folder, tmp_path, **changes))
     told = [r.message for r in warnings_logged.records if "padded path" in r.message]
     assert len(told) == (0 if shared else 1)
     assert shared or "router_aux_loss_coef: 0" in told[0]
+    assert len(packed) == (2 if shared else 0)
+    for key in ("loss", "kl", "grad_norm"):
+        assert series(found, key) == pytest.approx(series(expected, key), rel=1e-4, abs=1e-6), key
 
 
 def test_dropout_takes_padded_rows_and_says_so_once(
@@ -281,6 +306,30 @@ def test_the_first_batch_finds_a_model_whose_attention_is_another(
     assert "log-probabilities differ" in told[0]
 
 
+def test_the_check_waits_for_a_batch_with_tokens(tiny_model_dir: Path, tmp_path: Path) -> None:
+    # No completion ends, so each is masked out, and there is nothing to compare.
+    changes = {"mask_truncated_completions": True, "max_steps": 1, "beta": 0.0}
+    trainer = ours(tiny_model_dir, tmp_path, generation_kwargs={"suppress_tokens": [2]}, **changes)
+    trainer.train()
+    assert trainer.shared_prefix.needs_check(trainer.model)
+    trainer = ours(tiny_model_dir, tmp_path, max_steps=1, beta=0.0)
+    trainer.train()
+    assert not trainer.shared_prefix.needs_check(trainer.model)
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+def test_an_adapter_with_virtual_tokens_takes_the_paths_of_trl(
+    tiny_model_dir: Path, tmp_path: Path, warnings_logged: pytest.LogCaptureFixture
+) -> None:
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    trainer = ours(tiny_model_dir, tmp_path, peft_config=prompt, max_steps=1)
+    assert trainer.group_sampler == "transformers"
+    trainer.train()
+    told = [r.message for r in warnings_logged.records if "padded path" in r.message]
+    assert len(told) == 1
+    assert "virtual tokens" in told[0]
+
+
 def test_a_model_that_keeps_its_attention_to_itself_takes_padded_rows(
     tiny_tokenizer: Any, tmp_path: Path, warnings_logged: pytest.LogCaptureFixture
 ) -> None:
@@ -307,24 +356,18 @@ def test_a_model_that_keeps_its_attention_to_itself_takes_padded_rows(
 # Old log-probabilities ------------------------------------------------------------------------
 
 
-def packed_passes_without_gradient(trainer: Any) -> int:
-    passes = []
-
-    def note(module: Any, args: Any, kwargs: Any) -> None:
-        if isinstance(kwargs.get("shared_prefix"), PackedGroups) and not torch.is_grad_enabled():
-            passes.append(1)
-
-    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
-    trainer.train()
-    return len(passes)
-
-
-def test_old_logprobs_come_from_the_sampler(tiny_model_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_old_logprobs_come_from_the_sampler(
+    tiny_model_dir: Path, tmp_path: Path, masked: bool
+) -> None:
     changes = {"num_iterations": 2, "max_steps": 4, "verify_shared_prefix": False, "beta": 0.0}
+    changes |= {"mask_truncated_completions": masked, "temperature": 0.9, "top_k": 20}
     kept = ours(tiny_model_dir, tmp_path, **changes)
     recomputed = ours(tiny_model_dir, tmp_path, old_logprobs="recompute", **changes)
-    assert packed_passes_without_gradient(kept) == 0
-    assert packed_passes_without_gradient(recomputed) == 2  # one for each generation
+    passes = [count_packed_passes(t, with_gradient=False) for t in (kept, recomputed)]
+    kept.train()
+    recomputed.train()
+    assert [len(found) for found in passes] == [0, 2]  # one for each generation
     for key in ("loss", "grad_norm", "clip_ratio/region_mean"):
         found, expected = (series(t.state.log_history, key) for t in (kept, recomputed))
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
@@ -354,6 +397,49 @@ def test_old_logprobs_are_recomputed_under_dropout(
     assert "dropout" in told[0]
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"generation_kwargs": {"temperature": 0.5}}, "another temperature"),
+        ({"generation_kwargs": {"do_sample": False}}, "another temperature"),
+        ({"model_init_kwargs": {"dtype": "bfloat16"}}, "half precision"),
+    ],
+)
+def test_old_logprobs_are_recomputed_where_the_samplers_are_others(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    warnings_logged: pytest.LogCaptureFixture,
+    changes: dict[str, Any],
+    reason: str,
+) -> None:
+    trainer = ours(tiny_model_dir, tmp_path, num_iterations=2, beta=0.0, max_steps=2, **changes)
+    trainer.train()
+    told = [r.message for r in warnings_logged.records if "old policy are recomputed" in r.message]
+    assert len(told) == 1
+    assert reason in told[0]
+
+
+def test_old_logprobs_are_not_the_samplers_if_a_rollout_changed_the_completions(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+    def cut(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        ids = [trainer.processing_class(prompt).input_ids for prompt in prompts]
+        completions, _ = trainer._generate_single_turn(ids, None, {}, 4)
+        return {
+            "prompt_ids": ids,
+            "completion_ids": [row[: 1 + len(row) // 2] for row in completions],
+            "logprobs": None,
+        }
+
+    changes = {"num_iterations": 2, "max_steps": 2, "beta": 0.0, "rollout_func": cut}
+    found, _ = trained(ours(tiny_model_dir, tmp_path, **changes))
+    expected, _ = trained(ours(tiny_model_dir, tmp_path, old_logprobs="recompute", **changes))
+    for key in ("loss", "grad_norm"):
+        assert series(found, key) == series(expected, key)
+
+
 # The sampler ----------------------------------------------------------------------------------
 
 
@@ -361,10 +447,9 @@ def test_old_logprobs_are_recomputed_under_dropout(
     "changes",
     [
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3},
-        {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2},
         {"max_live_tokens": 40},
     ],
-    ids=["three micro-batches", "groups cut", "waves"],
+    ids=["micro-batches", "waves"],
 )
 def test_completions_do_not_depend_on_how_the_batch_is_cut(
     tiny_model_dir: Path, tmp_path: Path, changes: dict[str, Any]
@@ -386,11 +471,42 @@ def test_each_generation_draws_other_numbers(tiny_model_dir: Path, tmp_path: Pat
     assert rewards[0] != rewards[1] or lengths[0] != lengths[1]
 
 
+def test_generations_within_an_optimizer_step_draw_other_numbers(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    # Two generations a step: each is of one micro-batch, with the same prompt.
+    changes = {"gradient_accumulation_steps": 2, "steps_per_generation": 1}
+    changes |= {"per_device_train_batch_size": 4, "learning_rate": 0.0}
+    seen: list[str] = []
+
+    def keep(*, completions: list[str], **_: Any) -> list[float]:
+        seen.extend(completions)
+        return [float(len(text)) for text in completions]
+
+    config = ExtGRPOConfig(**settings(tmp_path, max_steps=2, **changes))
+    prompts = Dataset.from_dict({"prompt": ["1 + 1 ="] * 6})
+    ExtGRPOTrainer(str(tiny_model_dir), keep, config, prompts).train()
+    assert len(seen) == 16
+    assert len(set(seen)) == 16
+
+
 def test_evaluations_of_the_same_weights_are_equal(tiny_model_dir: Path, tmp_path: Path) -> None:
-    trainer = ours(tiny_model_dir, tmp_path, per_device_eval_batch_size=8)
-    first, second = (trainer.evaluate(PROMPTS.select(range(6))) for _ in range(2))
-    assert first["eval_reward"] == second["eval_reward"]
-    assert first["eval_completions/mean_length"] == second["eval_completions/mean_length"]
+    seen: list[str] = []
+
+    def keep(*, completions: list[str], **_: Any) -> list[float]:
+        seen.extend(completions)
+        return [float(len(text)) for text in completions]
+
+    config = ExtGRPOConfig(**settings(tmp_path, per_device_eval_batch_size=8))
+    trainer = ExtGRPOTrainer(str(tiny_model_dir), keep, config, PROMPTS)
+    prompts = Dataset.from_dict({"prompt": ["1 + 1 ="] * 6})  # three batches of two
+    trainer.evaluate(prompts)
+    first = list(seen)
+    seen.clear()
+    trainer.evaluate(prompts)
+    assert seen == first
+    assert len(first) == 24
+    assert len(set(first)) > 20  # no batch draws the numbers of another
 
 
 def test_generation_options_are_honoured(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -409,6 +525,9 @@ def test_a_generation_option_of_another_kind_leaves_the_sampling_to_trl(
     trainer = ours(tiny_model_dir, tmp_path, generation_kwargs={"num_beams": 2}, max_steps=1)
     assert trainer.group_sampler == "transformers"
     trainer.train()
+    assert len(trainer._logs["completion"]) == 12
+    with pytest.raises(ConfigurationError, match=r"`num_beams`.*Remove `max_live_tokens`"):
+        ours(tiny_model_dir, tmp_path, generation_kwargs={"num_beams": 2}, max_live_tokens=99)
 
 
 def test_an_engine_that_cannot_serve_the_run_is_refused(

@@ -14,6 +14,7 @@ a head.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -94,6 +95,11 @@ def shared_prefix_problem(model: PreTrainedModel, *, longest: int) -> str | None
     It reads the configuration. What that does not show, a comparison of the first batch does
     (``verify_shared_prefix``).
     """
+    parameters = inspect.signature(model.base_model.forward).parameters.values()
+    if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
+        return "it hands no further arguments on to its attention"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "its weights are on several devices"
     config = text_config(model)
     if config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:
         return f"its attention implementation is {config._attn_implementation!r}"
@@ -102,7 +108,7 @@ def shared_prefix_problem(model: PreTrainedModel, *, longest: int) -> str | None
         return f"it has layers of another kind than attention ({', '.join(sorted(others))})"
     window = sliding_window(model)
     if window is not None and window < longest:
-        return f"its sliding window of {window} tokens is shorter than a row of {longest}"
+        return f"its sliding window of {window} tokens is shorter than some rows"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention has a softcap"
     if any(name.endswith(".sinks") for name, _ in model.named_parameters()):

@@ -75,15 +75,17 @@ class ExtensionOptions:
     verify_shared_prefix: bool = field(
         default=True,
         metadata={
-            "help": "Whether the first batch of each model is compared with TRL's padded rows; "
-            "if log-probabilities differ by more than rounding, padded rows are used."
+            "help": "Whether a few completions of the first batch of each model are also computed "
+            "in TRL's padded rows; if log-probabilities differ by more than rounding, padded rows "
+            "are used from then on."
         },
     )
     old_logprobs: OldLogprobs = field(
         default="sampler",
         metadata={
             "help": "Where the log-probabilities of the policy that sampled come from when it has "
-            "moved since: 'sampler' (kept while sampling; recomputed where that is not exact), or "
+            "moved since: 'sampler' (kept while sampling; in float32 without dropout, else "
+            "recomputed), or "
             "'recompute' (a forward pass, as in TRL)."
         },
     )

@@ -59,17 +59,18 @@ class OneDNNLinear(nn.Linear):
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(inputs, weight)
+        of_inputs, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(inputs if of_weight else None, weight if of_inputs else None)
         return _multiply(inputs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         inputs, weight = ctx.saved_tensors
         of_inputs, of_weight, of_bias = ctx.needs_input_grad
-        grad_NO, inputs_NI = (x.reshape(-1, x.shape[-1]) for x in (grad, inputs))
+        grad_NO = grad.reshape(-1, grad.shape[-1])
         return (
             _multiply(grad, weight.t()) if of_inputs else None,
-            _multiply(grad_NO.t(), inputs_NI.t()) if of_weight else None,
+            _multiply(grad_NO.t(), inputs.reshape(-1, inputs.shape[-1]).t()) if of_weight else None,
             grad_NO.sum(dim=0) if of_bias else None,
         )
 

@@ -73,10 +73,13 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         _check_before_loading(self.__signature__.bind(*args, **kwargs).arguments)
+        self._told_recompute = False
         super().__init__(*args, **kwargs)
-        if self.extended and self.options.onednn_linear:
+        on_cpu = self.accelerator.device.type == "cpu"
+        if on_cpu and self.extended and self.options.onednn_linear:
             use_onednn(self.model)
-            use_onednn(self.ref_model or nn.Module())
+            if self.ref_model is not None:
+                use_onednn(self.ref_model)
         self.shared_prefix = SharedPrefix(
             self.options.shared_prefix, verify=self.options.verify_shared_prefix
         )
@@ -97,6 +100,13 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
             return "transformers"
         engine, reason = choose_engine(self.options.group_sampler, self._sampling_needs())
         logger.info(f"group_sampler: {engine} ({reason})")
+        if self.options.max_live_tokens is not None and engine != "shared_prefill":
+            raise ConfigurationError(
+                [
+                    f"`max_live_tokens` is set, but `group_sampler` is {engine!r} here ({reason}), "
+                    "which has no such limit. Remove `max_live_tokens`."
+                ]
+            )
         return engine
 
     def _sampling_needs(self) -> SamplingNeeds:
@@ -104,17 +114,27 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
             return SamplingNeeds(uses_vllm=True)
         if (problem := self._only_transformers()) is not None:
             return SamplingNeeds(only_transformers=problem)
-        wanted = self.args.use_transformers_continuous_batching
-        wanted = wanted or self.accelerator.device.type == "cuda"
-        if not wanted and self.options.group_sampler != "continuous_batching":
+        asked = self.args.use_transformers_continuous_batching
+        wanted = asked or self.accelerator.device.type == "cuda"
+        if self.options.group_sampler != "continuous_batching" and (
+            not wanted or self.options.max_live_tokens is not None
+        ):
             return SamplingNeeds()
-        unsupported = unsupported_by_continuous_batching(self._sampling_settings(self.model))
-        problem = f"it does not honour {', '.join(unsupported)}" if unsupported else None
         return SamplingNeeds(
             prefers_continuous_batching=wanted,
-            continuous_batching_problem=problem or continuous_batching_problem(self.model),
-            continuous_batching_drawback=continuous_batching_drawback(self.model),
+            continuous_batching_problem=self._continuous_batching_problem(),
+            continuous_batching_drawback=None
+            if asked
+            else continuous_batching_drawback(self.model),
         )
+
+    def _continuous_batching_problem(self) -> str | None:
+        unsupported = unsupported_by_continuous_batching(self._sampling_settings(self.model))
+        if unsupported:
+            return f"it does not honour {', '.join(unsupported)}"
+        if self.accelerator.mixed_precision != "no" and self.policy_dtype == torch.float32:
+            return f"float32 weights compute in {self.accelerator.mixed_precision} (autocast)"
+        return continuous_batching_problem(self.model)
 
     def _only_transformers(self) -> str | None:
         """Why only TRL's own path can sample; ``None`` if ours can."""
@@ -124,6 +144,10 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
             return "prompts may hold images"
         if self.shards_weights:
             return "the weights are sharded, so that all processes must decode in step"
+        if len({parameter.device for parameter in self.model.parameters()}) > 1:
+            return "the weights are on several devices"
+        if self.learns_prompts:
+            return "the adapter adds virtual tokens"
         try:
             self._sampling_settings(self.model)
         except ValueError as error:
@@ -143,7 +167,7 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
     def sample_completions(
         self, model: PreTrainedModel, prompts: list[list[int]], keys: list[CompletionKey], step: int
     ) -> list[Completion]:
-        """Return one completion a prompt; equal prompts are computed once."""
+        """Return one completion a prompt; see :class:`SeamedGRPOTrainer`."""
         settings = self._sampling_settings(model)
         long = settings.max_new_tokens >= _LONG_GENERATION
         progress = long and not self.args.disable_tqdm and self.is_local_process_zero()
@@ -163,19 +187,25 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
     def can_reuse_logprobs(self, sampled: list[Completion]) -> bool:
         """Return whether the sampler's log-probabilities are those of a forward pass in training.
 
-        They are if the weights were used in the same precision and nothing is dropped out.
+        They are if both are in float32, at the same temperature, and nothing is dropped out.
         """
         if self.options.old_logprobs == "recompute":
             return False
         if self.accelerator.mixed_precision != "no":
             reason = f"training runs under {self.accelerator.mixed_precision} autocast"
+        elif self.policy_dtype != torch.float32:
+            reason = "in half precision the sampler and a forward pass round differently"
         elif has_dropout(self.model):
             reason = "the policy has dropout"
+        elif self._sampling_settings(self.model).temperature != self.temperature:
+            reason = "`generation_kwargs` samples at another temperature than the loss has"
         elif any(math.isnan(logprob) for c in sampled for logprob in c.policy_logprobs[:1]):
             reason = f"`group_sampler: {self.group_sampler}` does not keep them with these settings"
         else:
             return True
-        logger.warning_once(f"log-probabilities of the old policy are recomputed: {reason}")
+        if not self._told_recompute:
+            self._told_recompute = True
+            logger.warning(f"log-probabilities of the old policy are recomputed: {reason}")
         return False
 
     def checked_reward(

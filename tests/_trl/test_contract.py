@@ -108,7 +108,8 @@ def test_everything_a_method_lost_is_on_one_line(monkeypatch: pytest.MonkeyPatch
     assert contract_problems() == [
         "GRPOTrainer._compute_loss lost its parameter `inputs`, its use of "
         "`use_bias_correction_kl`, its use of `loss_type`, its use of `steps_per_generation`, "
-        "its key 'ref_per_token_logps', its key 'old_per_token_logps', "
+        "its use of `_get_per_token_logps_and_entropies`, its key 'compute_entropy', "
+        "its key 'compute_aux_loss', its key 'ref_per_token_logps', its key 'old_per_token_logps', "
         "its key 'completion_mask', its key 'tool_mask', its key 'num_items_in_batch', its key 'kl'"
     ]
 
@@ -117,7 +118,7 @@ def test_a_member_counts_if_an_inner_function_or_a_decorated_one_uses_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any) -> Any:
-        return (lambda: self._step)()
+        return (lambda: self._step % self.current_gradient_accumulation_steps)()
 
     @functools.wraps(training_step)
     def decorated(*args: Any, **kwargs: Any) -> Any:
@@ -132,6 +133,7 @@ def test_a_key_counts_if_an_inner_function_holds_it(monkeypatch: pytest.MonkeyPa
         self.use_bias_correction_kl = self.importance_sampling_level = self.beta
         self.loss_type = self.steps_per_generation = inputs["tool_mask"]
         return lambda: (
+            self._get_per_token_logps_and_entropies(compute_entropy=True, compute_aux_loss=True),
             self.current_gradient_accumulation_steps,
             [inputs["ref_per_token_logps"], inputs["old_per_token_logps"]],
             [inputs["completion_mask"], inputs["num_items_in_batch"], inputs["kl"]],
@@ -141,9 +143,15 @@ def test_a_key_counts_if_an_inner_function_holds_it(monkeypatch: pytest.MonkeyPa
     assert contract_problems() == []
 
 
-def test_the_function_that_loads_a_model_is_named_if_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(grpo_trainer, "create_model_from_path")
-    assert contract_problems() == ["trl.trainer.grpo_trainer.create_model_from_path is gone"]
+@pytest.mark.parametrize("name", ["create_model_from_path", "unwrap_model_for_generation"])
+def test_a_function_that_is_gone_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(grpo_trainer, name)
+    assert contract_problems() == [f"trl.trainer.grpo_trainer.{name} is gone"]
+
+
+def test_a_function_that_lost_a_parameter_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpo_trainer, "shuffle_sequence_dict", lambda batch: batch)
+    assert contract_problems() == ["shuffle_sequence_dict lost its parameter `seq_dict`"]
 
 
 def test_a_configuration_field_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,17 +49,67 @@ SEAMS = (
         ),
         names=(
             "create_model_from_path",
+            "_dist",
+            "_is_vlm",
+            "_logs",
+            "_metrics",
+            "_step",
+            "_tag_names",
+            "add_fused_lm_head",
+            "environment_factories",
+            "generation_config",
+            "num_generations",
+            "num_generations_eval",
+            "num_iterations",
             "ref_model",
             "reward_funcs",
             "reward_func_names",
             "reward_weights",
+            "temperature",
+            "tools",
+            "use_vllm",
         ),
-        constants=("advantages",),
+        constants=("advantages", "log_probs", "entropy"),
     ),
-    Seam("_generate", parameters=("prompts",)),
+    Seam("_generate", parameters=("prompts",), names=("_generate_single_turn", "rollout_func")),
+    Seam(
+        "_generate_single_turn",
+        parameters=("prompt_ids", "images", "multimodal_fields"),
+        names=(
+            "unwrap_model_for_generation",
+            "model_wrapped",
+            "_dist",
+            "summon_full_params",
+            "generation_config",
+        ),
+        constants=("gather_deepspeed3_params", "gradient_checkpointing_kwargs", "recurse"),
+    ),
+    Seam(
+        "_prepare_inputs",
+        parameters=("generation_batch",),
+        names=(
+            "shuffle_sequence_dict",
+            "split_tensor_dict",
+            "_buffered_inputs",
+            "_step",
+            "_generate_and_score_completions",
+            "num_iterations",
+            "steps_per_generation",
+        ),
+    ),
     Seam(
         "_get_per_token_logps_and_entropies",
-        parameters=("model", "input_ids", "attention_mask", "logits_to_keep"),
+        parameters=(
+            "model",
+            "input_ids",
+            "attention_mask",
+            "logits_to_keep",
+            "batch_size",
+            "compute_entropy",
+            "compute_aux_loss",
+        ),
+        names=("autocast", "log_probs", "entropy"),
+        constants=("labels", "fused_lm_head"),
     ),
     Seam(
         "_calculate_rewards",
@@ -72,15 +122,30 @@ SEAMS = (
         names=(
             "_calculate_rewards",
             "_generate",
+            "_get_per_token_logps_and_entropies",
             "_logs",
             "_metrics",
+            "disable_gradient_checkpointing",
+            "gradient_accumulation_steps",
             "multi_objective_aggregation",
             "num_generations_eval",
+            "num_iterations",
+            "no_grad",
             "process_index",
+            "ref_model",
             "reward_weights",
             "scale_rewards",
+            "steps_per_generation",
         ),
-        constants=("advantages", "frac_reward_zero_std"),
+        constants=(
+            "advantages",
+            "batch_size",
+            "completion_mask",
+            "frac_reward_zero_std",
+            "num_items_in_batch",
+            "old_per_token_logps",
+            "ref_per_token_logps",
+        ),
     ),
     Seam(
         "_compute_loss",
@@ -92,8 +157,11 @@ SEAMS = (
             "current_gradient_accumulation_steps",
             "loss_type",
             "steps_per_generation",
+            "_get_per_token_logps_and_entropies",
         ),
         constants=(
+            "compute_entropy",
+            "compute_aux_loss",
             "ref_per_token_logps",
             "old_per_token_logps",
             "completion_mask",
@@ -102,8 +170,26 @@ SEAMS = (
             "kl",
         ),
     ),
-    Seam("training_step", parameters=("model", "inputs", "num_items_in_batch"), names=("_step",)),
+    Seam(
+        "training_step",
+        parameters=("model", "inputs", "num_items_in_batch"),
+        names=("_step", "current_gradient_accumulation_steps"),
+    ),
 )
+
+# Functions of TRL's module that we call or replace there, with the parameters that we pass.
+_FUNCTIONS = {
+    "create_model_from_path": (),
+    "shuffle_sequence_dict": ("seq_dict",),
+    "disable_gradient_checkpointing": ("model", "gradient_checkpointing_kwargs"),
+    "unwrap_model_for_generation": (
+        "model",
+        "accelerator",
+        "gather_deepspeed3_params",
+        "gradient_checkpointing_kwargs",
+    ),
+    "add_fused_lm_head": ("model", "temperature", "outputs"),
+}
 
 _CONFIG_FIELDS = (
     "beta",
@@ -118,6 +204,14 @@ _CONFIG_FIELDS = (
     "generation_batch_size",
     "sync_ref_model",
     "max_completion_length",
+    "num_iterations",
+    "temperature",
+    "generation_kwargs",
+    "cache_implementation",
+    "use_vllm",
+    "use_transformers_continuous_batching",
+    "ds3_gather_for_generation",
+    "router_aux_loss_coef",
 )
 
 
@@ -129,8 +223,13 @@ def contract_problems() -> list[str]:
     problems = [
         problem for seam in SEAMS for problem in _seam_problems(seam, grpo_trainer.GRPOTrainer)
     ]
-    if not hasattr(grpo_trainer, "create_model_from_path"):
-        problems.append("trl.trainer.grpo_trainer.create_model_from_path is gone")
+    for name, parameters in _FUNCTIONS.items():
+        function = getattr(grpo_trainer, name, None)
+        if function is None:
+            problems.append(f"trl.trainer.grpo_trainer.{name} is gone")
+            continue
+        found = inspect.signature(function).parameters
+        problems += [f"{name} lost its parameter `{p}`" for p in parameters if p not in found]
     fields = GRPOConfig.__dataclass_fields__
     problems += [f"GRPOConfig.{name} is gone" for name in _CONFIG_FIELDS if name not in fields]
     return problems

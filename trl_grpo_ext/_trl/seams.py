@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer import grpo_trainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -70,7 +69,10 @@ class KLInputs:
 
 
 class SeamedGRPOTrainer(GRPOTrainer):
-    """``trl.GRPOTrainer`` with public hooks: reference, rewards, advantages and KL penalty."""
+    """``trl.GRPOTrainer`` with public hooks: completions, rewards, advantages, KL and reference.
+
+    Log-probabilities go through :attr:`shared_prefix` where that is exact.
+    """
 
     args: GRPOConfig
     model: PreTrainedModel
@@ -102,6 +104,17 @@ class SeamedGRPOTrainer(GRPOTrainer):
         return bool(self._is_vlm)
 
     @property
+    def learns_prompts(self) -> bool:
+        """Whether the policy has an adapter that puts virtual tokens before the prompt."""
+        adapter = getattr(self.model, "active_peft_config", None)
+        return adapter is not None and bool(adapter.is_prompt_learning)
+
+    @property
+    def policy_dtype(self) -> torch.dtype:
+        """Of the policy's weights."""
+        return self._causal_lm(self.model).dtype
+
+    @property
     def shards_weights(self) -> bool:
         """Whether no process holds all weights."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
@@ -117,16 +130,16 @@ class SeamedGRPOTrainer(GRPOTrainer):
         prompts: list[list[int]],
         keys: list[CompletionKey],
         step: int,
-    ) -> list[Completion] | None:
-        """Return one completion a prompt; ``None`` to have TRL sample.
+    ) -> list[Completion]:
+        """Return one completion a prompt, if :attr:`samples_itself`.
 
         Args:
-            model: The policy, unwrapped and in evaluation mode.
+            model: The policy, unwrapped.
             prompts: Token ids, each prompt as often as it has completions.
             keys: What the random numbers of each completion depend on.
             step: Number of the generation; 0 in evaluation, so that evaluations are comparable.
         """
-        return None
+        raise NotImplementedError
 
     @property
     def samples_itself(self) -> bool:
@@ -171,36 +184,30 @@ class SeamedGRPOTrainer(GRPOTrainer):
     # Sampling and rewards -------------------------------------------------------------------------
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        with self._phase("generation"):
-            return super()._generate(*args, **kwargs)
-
-    def _generate_single_turn(
-        self,
-        prompt_ids: list[list[int]],
-        images: Any,
-        multimodal_fields: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
         self._sampled = None
-        if not (self.extended and self.samples_itself) or images or multimodal_fields:
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, *args, **kwargs
-            )
+        with self._phase("generation"):
+            output = super()._generate(*args, **kwargs)
+        self._forget_if_changed(output[1])
+        return output
+
+    def _forget_if_changed(self, completion_ids: list[list[int]]) -> None:
+        """A rollout function may have changed what was sampled."""
+        if self._sampled is not None and completion_ids != [row.ids for row in self._sampled]:
+            self._sampled = None
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        if not (self.extended and self.samples_itself):
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         keys, step = self._completion_keys(len(prompt_ids))
         with self._generation_model() as model:
             self._sampled = self.sample_completions(model, prompt_ids, keys, step)
-        if self._sampled is None:
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, *args, **kwargs
-            )
         return [completion.ids for completion in self._sampled], None
 
     @contextmanager
     def _generation_model(self) -> Iterator[PreTrainedModel]:
         """The policy as TRL prepares it for generation."""
         with (
-            unwrap_model_for_generation(
+            grpo_trainer.unwrap_model_for_generation(
                 self.model_wrapped,
                 self.accelerator,
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
@@ -230,7 +237,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
         return [CompletionKey(row // group_size, row % group_size) for row in rows], step
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Run TRL's loop; each evaluation draws the same random numbers."""
+        """Run TRL's loop; each evaluation gives its completions the same keys."""
         self._num_evaluated = 0
         return super().evaluation_loop(*args, **kwargs)
 
@@ -317,7 +324,6 @@ class SeamedGRPOTrainer(GRPOTrainer):
         input_ids: Tensor,
         attention_mask: Tensor,
         logits_to_keep: int,
-        *args: Any,
         **kwargs: Any,
     ) -> Any:
         batch = (input_ids, attention_mask, logits_to_keep)
@@ -339,10 +345,10 @@ class SeamedGRPOTrainer(GRPOTrainer):
         wanted = self.args.gradient_accumulation_steps % generate_every != 0
         if sampled is None or not (wanted and self.can_reuse_logprobs(sampled)):
             return None
-        logprobs_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
+        logprobs_BT = torch.zeros(mask_BT.shape)
         for row, completion in enumerate(sampled):
             logprobs_BT[row, : len(completion.ids)] = torch.tensor(completion.policy_logprobs)
-        return logprobs_BT * mask_BT, None, None
+        return logprobs_BT.to(mask_BT.device) * mask_BT, None, None
 
     def _shared_prefix_logprobs(
         self,
@@ -369,7 +375,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
         )
         inner = self._causal_lm(model)
         if self._shares_prefix(inner, input_ids.shape[1], **kwargs):
-            rows = _rows_to_check(len(input_ids))
+            rows = _rows_to_check(attention_mask[:, -logits_to_keep:])
             if not self.shared_prefix.needs_check(inner) or self._agree(
                 inner, shared, padded, input_ids[rows], attention_mask[rows]
             ):
@@ -402,32 +408,39 @@ class SeamedGRPOTrainer(GRPOTrainer):
     def _keeps_logits(self, model: nn.Module, groups: PackedGroups) -> bool:
         """Whether the logits are kept for the backward pass: on a CPU, where that is faster."""
         head = self._causal_lm(model).get_output_embeddings()
-        if not isinstance(head, OneDNNLinear) or self.accelerator.mixed_precision != "no":
+        if self.shards_weights or self.accelerator.mixed_precision != "no":
+            return False
+        if not isinstance(head, OneDNNLinear):
             return False
         return 4 * groups.labels_1L.numel() * len(head.weight) <= LOGITS_LIMIT_BYTES
 
-    def _shares_prefix(
-        self, model: PreTrainedModel, longest: int, *, compute_aux_loss: bool = False, **_: Any
-    ) -> bool:
+    def _shares_prefix(self, model: PreTrainedModel, longest: int, **kwargs: Any) -> bool:
         """Whether this pass can share prefixes; every process comes to the same answer."""
         if not self.extended:
             return False
-        problem = None
-        if compute_aux_loss:
-            problem = (
-                "its auxiliary loss counts every token of the padded batch "
-                "(`router_aux_loss_coef: 0` switches it off)"
-            )
-        elif self.reads_images:
-            problem = "it reads images"
-        elif self.args.torch_compile:
-            problem = "`torch_compile` would compile it again for every batch"
-        elif model.training and has_dropout(model):
-            problem = "it has dropout (`disable_dropout: true` switches it off)"
         if sliding_window(model) is not None or any(changing_angles(model)):
             width = torch.tensor([longest], device=self.accelerator.device)
             longest = int(self.accelerator.gather(width).max())
+        problem = self._sharing_problem(model, **kwargs)
         return self.shared_prefix.serves(model, longest=longest, problem=problem)
+
+    def _sharing_problem(
+        self, model: PreTrainedModel, *, compute_aux_loss: bool = False, **_: Any
+    ) -> str | None:
+        if compute_aux_loss:
+            return (
+                "its auxiliary loss counts every token of the padded batch "
+                "(`router_aux_loss_coef: 0` switches it off)"
+            )
+        if self.reads_images:
+            return "it reads images"
+        if self.learns_prompts:
+            return "its adapter adds virtual tokens"
+        if self.args.torch_compile:
+            return "`torch_compile` would compile it again for every batch"
+        if model.training and has_dropout(model):
+            return "it has dropout (`disable_dropout: true` switches it off)"
+        return None
 
     def _agree(
         self,
@@ -440,19 +453,21 @@ class SeamedGRPOTrainer(GRPOTrainer):
         """Whether both paths give these rows the same log-probabilities, on every process."""
         with (
             torch.no_grad(),
-            disable_gradient_checkpointing(self.model, self._checkpointing_kwargs),
+            grpo_trainer.disable_gradient_checkpointing(self.model, self._checkpointing_kwargs),
         ):
             expected = padded(input_ids=input_ids, attention_mask=attention_mask)[0]
             try:
                 found = shared(input_ids, attention_mask)[0]
             except SharedPrefixError as error:  # of the model's code, so on every process
                 return self.shared_prefix.refuse(model, str(error))
+        mask_BT = attention_mask[:, -found.shape[1] :]
         half = self.accelerator.mixed_precision != "no" or model.dtype != torch.float32
-        difference, tolerance = difference_in_nats(found, expected, half_precision=half)
-        everywhere = self.accelerator.gather(
-            torch.tensor([difference], device=self.accelerator.device)
-        )
-        return self.shared_prefix.judge(model, float(everywhere.max()), tolerance=tolerance)
+        difference, tolerance = difference_in_nats(found, expected, mask_BT, half_precision=half)
+        seen = torch.tensor([difference, float(mask_BT.sum())], device=self.accelerator.device)
+        worst, most_tokens = self.accelerator.gather(seen).view(-1, 2).amax(dim=0).tolist()
+        if not most_tokens:  # all truncated, and masked: the next batch is compared
+            return True
+        return self.shared_prefix.judge(model, worst, tolerance=tolerance)
 
     def _causal_lm(self, model: nn.Module) -> PreTrainedModel:
         """The model below the wrappers of accelerate and PEFT."""
@@ -517,6 +532,7 @@ class SeamedGRPOTrainer(GRPOTrainer):
         """Run TRL's step; at the end of an optimizer step, log the seconds that each phase took."""
         before, start = sum(self._phase_seconds.values()), time.perf_counter()
         loss: Tensor = super().training_step(*args, **kwargs)
+        _wait_for_device()
         elsewhere = sum(self._phase_seconds.values()) - before
         self._phase_seconds["update"] += time.perf_counter() - start - elsewhere
         if self._step % self.current_gradient_accumulation_steps == 0:
@@ -529,11 +545,11 @@ class SeamedGRPOTrainer(GRPOTrainer):
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         """Count the seconds spent inside towards phase ``name`` of the current optimizer step."""
+        _wait_for_device()
         start = time.perf_counter()
         yield
         if self.extended and self._mode == "train":
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            _wait_for_device()
             self._phase_seconds[name] += time.perf_counter() - start
 
     @property
@@ -541,9 +557,16 @@ class SeamedGRPOTrainer(GRPOTrainer):
         return "train" if self.model.training else "eval"
 
 
-def _rows_to_check(num_rows: int) -> list[int]:
-    """Two completions of the first group and two of the last."""
-    return sorted({0, min(1, num_rows - 1), max(num_rows - 2, 0), num_rows - 1})
+def _wait_for_device() -> None:
+    """Wait for what was queued on the GPU, so that it counts where it was asked for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _rows_to_check(mask_BT: Tensor) -> list[int]:
+    """The first two completions that have tokens, and the last two; one row if none has."""
+    rows = mask_BT.any(dim=1).nonzero()[:, 0].tolist() or [0]
+    return sorted({*rows[:2], *rows[-2:]})
 
 
 def _shuffle_groups(batch: dict[str, Any], *, unit: int) -> dict[str, Any]:

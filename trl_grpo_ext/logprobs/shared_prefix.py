@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -84,9 +85,10 @@ def shared_prefix_logprobs(
         batch_size: Completions a forward pass; all if not given.
         max_tokens: If all of them, packed, are no more tokens than this, they are one pass.
     """
-    whole = pack_groups(input_ids_BW, attention_mask_BW, num_labels=num_labels)
-    if batch_size is None or whole.num_tokens <= max_tokens:
-        return _unpacked(forward, whole)
+    if batch_size is None or max_tokens:
+        all_groups = pack_groups(input_ids_BW, attention_mask_BW, num_labels=num_labels)
+        if batch_size is None or all_groups.num_tokens <= max_tokens:
+            return _unpacked(forward, all_groups)
     batches = (torch.split(x, batch_size) for x in (input_ids_BW, attention_mask_BW))
     parts = [
         _unpacked(forward, pack_groups(ids, mask, num_labels=num_labels))
@@ -132,15 +134,13 @@ class SharedPrefix:
             return False
         problem = problem or self._refused.get(model) or _problem(model, longest=longest)
         if problem is not None:
-            self._refuse(problem)
+            self._tell(problem)
             return False
         return True
 
     def needs_check(self, model: PreTrainedModel) -> bool:
-        """Return whether the model's first batch is still to be compared; asks once a model."""
-        first = self.verify and model not in self._verified
-        self._verified.add(model)
-        return first
+        """Return whether the model is still to be compared with the padded path."""
+        return self.verify and model not in self._verified
 
     def judge(self, model: PreTrainedModel, difference: float, *, tolerance: float) -> bool:
         """Return whether a difference is rounding; if not, this model shares no prefix any more.
@@ -148,6 +148,7 @@ class SharedPrefix:
         Raises:
             SharedPrefixError: the mode is ``"always"``, and it is not.
         """
+        self._verified.add(model)
         if difference <= tolerance:
             return True
         return self.refuse(
@@ -157,16 +158,16 @@ class SharedPrefix:
         )
 
     def refuse(self, model: PreTrainedModel, reason: str) -> Literal[False]:
-        """Take the padded path for this model from now on.
+        """Share no prefix for this model any more.
 
         Raises:
             SharedPrefixError: the mode is ``"always"``.
         """
         self._refused[model] = reason
-        self._refuse(reason)
+        self._tell(reason)
         return False
 
-    def _refuse(self, reason: str) -> None:
+    def _tell(self, reason: str) -> None:
         if self.mode == "always":
             raise SharedPrefixError(
                 f"`shared_prefix` is 'always', but the model cannot share a prefix: {reason}. "
@@ -178,25 +179,32 @@ class SharedPrefix:
 
 
 def difference_in_nats(
-    shared_BT: Tensor, padded_BT: Tensor, *, half_precision: bool
+    shared_BT: Tensor, padded_BT: Tensor, mask_BT: Tensor, *, half_precision: bool
 ) -> tuple[float, float]:
     """Return how far two computations of the same log-probabilities are apart, and the tolerance.
 
-    In float32 the largest difference counts; in half precision the mean, since rounding alone
-    moves single unlikely tokens by tenths.
+    In float32 the largest difference counts; in half precision the mean over the tokens, since
+    rounding alone moves single unlikely tokens by tenths.
     """
-    distance_BT = (shared_BT - padded_BT).abs().float()
+    distance_BT = (shared_BT - padded_BT).abs().float() * mask_BT
     if half_precision:
-        return float(distance_BT.mean()), HALF_TOLERANCE
+        return float(distance_BT.sum() / mask_BT.sum().clamp(min=1)), HALF_TOLERANCE
     return float(distance_BT.max()), FLOAT32_TOLERANCE
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Return whether a forward pass of the model drops anything out in training."""
-    modules = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-    rates = (getattr(m, "attention_dropout", None) for m in model.modules())
-    attention = any(isinstance(rate, float) and rate > 0 for rate in rates)
-    return modules or attention
+    """Return whether a forward pass of the model drops anything out in training.
+
+    Read off the modules: dropout layers, and rates such as ``attention_dropout`` or ``layerdrop``.
+    """
+    layers = any(isinstance(m, _DropoutNd) and m.p > 0 for m in model.modules())
+    rates = (
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if "drop" in name and isinstance(value, float)
+    )
+    return layers or any(rate > 0 for rate in rates)
 
 
 def _problem(model: PreTrainedModel, *, longest: int) -> str | None:

@@ -7,19 +7,19 @@ longest prompt and its completion so far, ``V`` vocabulary.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.utils import logging
 
 from trl_grpo_ext.attention import route_attention, shared_prefix_inputs, shared_prefix_problem
 from trl_grpo_ext.errors import SharedPrefixError
 from trl_grpo_ext.sampling.group_cache import GroupCache
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 
 class State(Protocol):
@@ -148,7 +148,7 @@ def prefilled(
         try:
             return shared, shared.prefill()
         except SharedPrefixError as error:
-            logger.info("prompts are not shared within a group: %s", error)
+            logger.info(f"prompts are not shared within a group: {error}")
     if not _takes_cache(model):
         raise _no_cache(model)
     expanded = _ExpandedPrompts(model, prompts, sizes)
@@ -157,18 +157,15 @@ def prefilled(
 
 def shares_prompts(model: PreTrainedModel, *, longest: int) -> bool:
     """Return whether each prompt is kept once a group; ``longest`` tokens has a row at most."""
-    parameters = inspect.signature(_base_model(model).forward).parameters.values()
-    if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
-        return False
-    if (problem := shared_prefix_problem(model, longest=longest)) is not None:
-        logger.info("prompts are not shared within a group: %s", problem)
-        return False
+    inner = cast(PreTrainedModel, _base_model(model))
     try:
-        route_attention(model)
+        if (problem := shared_prefix_problem(inner, longest=longest)) is None:
+            route_attention(inner)
     except SharedPrefixError as error:
-        logger.info("prompts are not shared within a group: %s", error)
-        return False
-    return True
+        problem = str(error)
+    if problem is not None:
+        logger.info(f"prompts are not shared within a group: {problem}")
+    return problem is None
 
 
 def _takes_cache(model: PreTrainedModel) -> bool:
