@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import ContinuousBatchingConfig, PreTrainedModel
 from transformers.utils import logging
 from trl import GRPOTrainer
 
@@ -42,12 +42,6 @@ from trl_grpo_ext.sampling import (
     SamplingSettings,
     choose_engine,
     sample_completions,
-)
-from trl_grpo_ext.sampling.continuous_batching import (
-    continuous_batching_drawback,
-    continuous_batching_problem,
-    sample_continuously,
-    unsupported_by_continuous_batching,
 )
 
 logger = logging.get_logger(__name__)
@@ -120,21 +114,26 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
             not wanted or self.options.max_live_tokens is not None
         ):
             return SamplingNeeds()
+        problem, drawback = self._against_continuous_batching()
         return SamplingNeeds(
             prefers_continuous_batching=wanted,
-            continuous_batching_problem=self._continuous_batching_problem(),
-            continuous_batching_drawback=None
-            if asked
-            else continuous_batching_drawback(self.model),
+            continuous_batching_problem=problem,
+            continuous_batching_drawback=None if asked else drawback,
         )
 
-    def _continuous_batching_problem(self) -> str | None:
-        unsupported = unsupported_by_continuous_batching(self._sampling_settings(self.model))
-        if unsupported:
-            return f"it does not honour {', '.join(unsupported)}"
+    def _against_continuous_batching(self) -> tuple[str | None, str | None]:
+        """Why ``generate_batch`` cannot serve the run, and why it would be slow."""
+        if not hasattr(ContinuousBatchingConfig, "return_logprobs"):
+            return "this version of transformers returns no log-probabilities from it", None
+        from trl_grpo_ext.sampling import continuous_batching as engine
+
+        settings = self._sampling_settings(self.model)
+        if unsupported := engine.unsupported_by_continuous_batching(settings):
+            return f"it does not honour {', '.join(unsupported)}", None
         if self.accelerator.mixed_precision != "no" and self.policy_dtype == torch.float32:
-            return f"float32 weights compute in {self.accelerator.mixed_precision} (autocast)"
-        return continuous_batching_problem(self.model)
+            return f"float32 weights compute in {self.accelerator.mixed_precision} (autocast)", None
+        problem = engine.continuous_batching_problem(self.model)
+        return problem, engine.continuous_batching_drawback(self.model)
 
     def _only_transformers(self) -> str | None:
         """Why only TRL's own path can sample; ``None`` if ours can."""
@@ -172,6 +171,8 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
         long = settings.max_new_tokens >= _LONG_GENERATION
         progress = long and not self.args.disable_tqdm and self.is_local_process_zero()
         if self.group_sampler == "continuous_batching":
+            from trl_grpo_ext.sampling.continuous_batching import sample_continuously
+
             return sample_continuously(model, prompts, settings=settings, progress=progress)
         return sample_completions(
             model,
