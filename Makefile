@@ -17,11 +17,11 @@ help: ## List the targets
 	@echo "usage: make [target] [VARIABLE=value ...]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "variables: PYTHON=$(PYTHON) (3.11 to 3.14), PIP_FLAGS (for pip install),"
-	@echo "           ARGS (for the recipe or pytest), JOBS=$(JOBS) (test processes)"
+	@echo "           ARGS (for the recipe, pytest or the benchmark), JOBS=$(JOBS) (test processes)"
 
 install: $(STAMP) ## Make .venv and install the pinned set (again when a pin changed)
 
-quickstart: install ## Train SmolLM2-135M on one-digit sums: about ten minutes on two cores
+quickstart: install ## Train SmolLM2-135M on one-digit sums: about five minutes on two cores
 	$(LAUNCH) recipes/grpo.py --config recipes/configs/quickstart.yaml $(ARGS)
 
 test: install ## Run the tests, without those marked slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,42 @@ def test_config_refuses_a_group_of_one(size: int) -> None:
 )
 def test_config_refuses_what_cannot_work(settings: dict[str, Any], message: str) -> None:
     assert message in "\n".join(problems(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"group_sampler": "fast"}, "`group_sampler` is 'fast', which is not known."),
+        ({"group_sampler": "vllm"}, "`use_vllm` is false, so there is no vLLM to sample with"),
+        (
+            {"use_vllm": True, "group_sampler": "shared_prefill"},
+            "Set `group_sampler: vllm` (or auto)",
+        ),
+        (
+            {"group_sampler": "shared_prefill", "generation_kwargs": {"num_beams": 2}},
+            "`group_sampler: shared_prefill` does not honour `num_beams` in `generation_kwargs`",
+        ),
+        ({"generation_kwargs": {"num_beam": 2}}, "`num_beam`, which `generate` does not know"),
+        ({"max_live_tokens": 0}, "`max_live_tokens` is 0; use at least"),
+        (
+            {"max_live_tokens": 99, "group_sampler": "transformers"},
+            "'transformers', which does not read it",
+        ),
+        ({"max_completion_length": 0}, "completions would have no token to learn from"),
+        (
+            {"shared_prefix": False},
+            "Use one of: auto, always, never. (YAML reads off and no as false.)",
+        ),
+        ({"old_logprobs": "cached"}, "Use one of: sampler, recompute."),
+    ],
+)
+def test_config_refuses_a_sampler_that_cannot_work(settings: dict[str, Any], message: str) -> None:
+    assert message in "\n".join(problems(**settings))
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_config_says_that_vllm_is_not_installed() -> None:
+    assert "pip install 'trl[vllm]'" in "\n".join(problems(use_vllm=True))
 
 
 def test_config_knows_every_loss_type_of_trl() -> None:

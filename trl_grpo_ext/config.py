@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from typing import Literal, get_args
 
+from transformers import GenerationConfig
 from trl.trainer.grpo_config import GRPOConfig
 
 from trl_grpo_ext.advantages import STD_EPS, AdvantageBaseline, RewardAggregation, RewardScale
@@ -238,7 +240,8 @@ def _unknown_values(config: GRPOConfig, options: ExtensionOptions) -> Iterator[s
     ):
         if value not in known:
             listed = ", ".join(str(choice) for choice in known if choice is not None)
-            yield f"`{name}` is {value!r}, which is not known. Use one of: {listed}."
+            hint = " (YAML reads off and no as false.)" if value is False else ""
+            yield f"`{name}` is {value!r}, which is not known. Use one of: {listed}.{hint}"
 
 
 def _sampler_problems(config: GRPOConfig, options: ExtensionOptions) -> Iterator[str]:
@@ -262,15 +265,27 @@ def _sampler_problems(config: GRPOConfig, options: ExtensionOptions) -> Iterator
         yield f"`max_live_tokens` is {limit}; use at least the tokens of one prompt and completion."
     if limit is not None and sampler not in ("auto", "shared_prefill"):
         yield (
-            f"`max_live_tokens` is set, but `group_sampler` is {sampler!r}, which has a limit of "
-            "its own. Set `group_sampler: shared_prefill`, or remove `max_live_tokens`."
+            f"`max_live_tokens` is set, but `group_sampler` is {sampler!r}, which does not read "
+            "it. Set `group_sampler: shared_prefill`, or remove `max_live_tokens`."
         )
-    given = config.generation_kwargs
-    names = unsupported_generation_keys(given if isinstance(given, dict) else {})
+    if (sampler == "vllm" or config.use_vllm) and find_spec("vllm") is None:
+        yield (
+            "`use_vllm` is true, or `group_sampler` is 'vllm', but vLLM is not installed. Install "
+            "it (pip install 'trl[vllm]'), or set `use_vllm: false` and `group_sampler: auto`."
+        )
+    given = config.generation_kwargs if isinstance(config.generation_kwargs, dict) else {}
+    unknown = [name for name in given if not hasattr(GenerationConfig(), name)]
+    if unknown and not config.use_vllm:
+        yield (
+            f"`generation_kwargs` has {', '.join(f'`{name}`' for name in unknown)}, which "
+            "`generate` does not know and would ignore. Correct the name, or remove it."
+        )
+    names = [name for name in unsupported_generation_keys(given) if name not in unknown]
     if names and sampler in ("shared_prefill", "continuous_batching"):
         yield (
-            f"`generation_kwargs` has {_named(names)} set, which `group_sampler: {sampler}` does "
-            "not honour. Set `group_sampler: transformers` (or auto), or remove what is set."
+            f"`group_sampler: {sampler}` does not honour {', '.join(f'`{n}`' for n in names)} in "
+            "`generation_kwargs`, so completions would not be what was asked for. "
+            "Set `group_sampler: transformers` (or auto), or remove what is set."
         )
 
 

@@ -91,8 +91,10 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
 
     def _choose_group_sampler(self) -> Engine:
         if not self.extended:
+            self.group_sampler_reason = "`extensions` is false"
             return "transformers"
         engine, reason = choose_engine(self.options.group_sampler, self._sampling_needs())
+        self.group_sampler_reason = reason
         logger.info(f"group_sampler: {engine} ({reason})")
         if self.options.max_live_tokens is not None and engine != "shared_prefill":
             raise ConfigurationError(

@@ -290,8 +290,9 @@ def check_prompts(
         needed = len(prompt) + (settings.max_new_tokens if learned else 0)
         if limit is not None and needed > limit:
             new = f" + {settings.max_new_tokens} new ones" if learned else ""
+            shorter = ", or lower `max_completion_length` (`max_new_tokens`)" if learned else ""
             raise ValueError(
                 f"`prompts[{index}]` has {len(prompt)} tokens{new}, but the model has {limit} "
                 "positions (`max_position_embeddings`), and what lies beyond was never trained. "
-                "Shorten the prompt, or lower `max_completion_length` (`max_new_tokens`)."
+                f"Shorten the prompt{shorter}."
             )

@@ -148,7 +148,7 @@ def prefilled(
         try:
             return shared, shared.prefill()
         except SharedPrefixError as error:
-            logger.info(f"prompts are not shared within a group: {error}")
+            logger.warning_once(f"the sampler computes each prompt for each completion: {error}")
     if not _takes_cache(model):
         raise _no_cache(model)
     expanded = _ExpandedPrompts(model, prompts, sizes)
@@ -164,7 +164,7 @@ def shares_prompts(model: PreTrainedModel, *, longest: int) -> bool:
     except SharedPrefixError as error:
         problem = str(error)
     if problem is not None:
-        logger.info(f"prompts are not shared within a group: {problem}")
+        logger.warning_once(f"the sampler computes each prompt for each completion: {problem}")
     return problem is None
 
 
