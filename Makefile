@@ -41,7 +41,7 @@ format: install ## Format the code and apply the safe fixes
 types: install ## Check the types of the package with mypy --strict
 	$(PY) -m mypy --strict trl_grpo_ext
 
-bench: install ## Measure a training step against plain TRL: about half an hour on two cores
+bench: install ## Measure a training step against plain TRL: about an hour on two cores
 	$(PY) benchmarks/step_time.py $(ARGS)
 
 build: install ## Make the sdist and the wheel in dist/
