@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import Literal, get_args
 
-from transformers import GenerationConfig
 from trl.trainer.grpo_config import GRPOConfig
 
 from trl_grpo_ext.advantages import STD_EPS, AdvantageBaseline, RewardAggregation, RewardScale
@@ -19,7 +18,7 @@ from trl_grpo_ext.losses import (
     KLEstimator,
     kl_gradient_problem,
 )
-from trl_grpo_ext.sampling.settings import unsupported_generation_keys
+from trl_grpo_ext.sampling.settings import generation_keys, unsupported_generation_keys
 
 GroupSampler = Literal["auto", "shared_prefill", "continuous_batching", "vllm", "transformers"]
 SharedPrefixMode = Literal["auto", "always", "never"]
@@ -274,7 +273,7 @@ def _sampler_problems(config: GRPOConfig, options: ExtensionOptions) -> Iterator
             "it (pip install 'trl[vllm]'), or set `use_vllm: false` and `group_sampler: auto`."
         )
     given = config.generation_kwargs if isinstance(config.generation_kwargs, dict) else {}
-    unknown = [name for name in given if not hasattr(GenerationConfig(), name)]
+    unknown = [name for name in given if name not in generation_keys()]
     if unknown and not config.use_vllm:
         yield (
             f"`generation_kwargs` has {', '.join(f'`{name}`' for name in unknown)}, which "

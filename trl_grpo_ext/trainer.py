@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import ContinuousBatchingConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import GRPOTrainer
 
@@ -38,8 +38,6 @@ from trl_grpo_ext.sampling import (
     Completion,
     CompletionKey,
     Engine,
-    SamplingNeeds,
-    SamplingSettings,
     choose_engine,
     sample_completions,
 )
@@ -77,24 +75,12 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
         self.shared_prefix = SharedPrefix(
             self.options.shared_prefix, verify=self.options.verify_shared_prefix
         )
-        self.group_sampler = self._choose_group_sampler()
+        self.group_sampler, self.group_sampler_reason = self._choose_group_sampler()
 
-    @property
-    def options(self) -> ExtensionOptions:
-        """This package's options of the run."""
-        return ExtensionOptions.of(self.args)
-
-    @property
-    def extended(self) -> bool:
-        """Whether anything of this package is used (``extensions``)."""
-        return self.options.extensions
-
-    def _choose_group_sampler(self) -> Engine:
+    def _choose_group_sampler(self) -> tuple[Engine, str]:
         if not self.extended:
-            self.group_sampler_reason = "`extensions` is false"
-            return "transformers"
-        engine, reason = choose_engine(self.options.group_sampler, self._sampling_needs())
-        self.group_sampler_reason = reason
+            return "transformers", "`extensions` is false"
+        engine, reason = choose_engine(self.options.group_sampler, self.sampling_needs())
         logger.info(f"group_sampler: {engine} ({reason})")
         if self.options.max_live_tokens is not None and engine != "shared_prefill":
             raise ConfigurationError(
@@ -103,62 +89,7 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
                     "which has no such limit. Remove `max_live_tokens`."
                 ]
             )
-        return engine
-
-    def _sampling_needs(self) -> SamplingNeeds:
-        if self.use_vllm:
-            return SamplingNeeds(uses_vllm=True)
-        if (problem := self._only_transformers()) is not None:
-            return SamplingNeeds(only_transformers=problem)
-        asked = self.args.use_transformers_continuous_batching
-        wanted = asked or self.accelerator.device.type == "cuda"
-        if self.options.group_sampler != "continuous_batching" and (
-            not wanted or self.options.max_live_tokens is not None
-        ):
-            return SamplingNeeds()
-        problem, drawback = self._against_continuous_batching()
-        return SamplingNeeds(
-            prefers_continuous_batching=wanted,
-            continuous_batching_problem=problem,
-            continuous_batching_drawback=None if asked else drawback,
-        )
-
-    def _against_continuous_batching(self) -> tuple[str | None, str | None]:
-        """Why ``generate_batch`` cannot serve the run, and why it would be slow."""
-        if not hasattr(ContinuousBatchingConfig, "return_logprobs"):
-            return "this version of transformers returns no log-probabilities from it", None
-        from trl_grpo_ext.sampling import continuous_batching as engine
-
-        settings = self._sampling_settings(self.model)
-        if unsupported := engine.unsupported_by_continuous_batching(settings):
-            return f"it does not honour {', '.join(unsupported)}", None
-        if self.accelerator.mixed_precision != "no" and self.policy_dtype == torch.float32:
-            return f"float32 weights compute in {self.accelerator.mixed_precision} (autocast)", None
-        problem = engine.continuous_batching_problem(self.model)
-        return problem, engine.continuous_batching_drawback(self.model)
-
-    def _only_transformers(self) -> str | None:
-        """Why only TRL's own path can sample; ``None`` if ours can."""
-        if self.tools or self.environment_factories is not None:
-            return "completions call tools"
-        if self.reads_images:
-            return "prompts may hold images"
-        if self.shards_weights:
-            return "the weights are sharded, so that all processes must decode in step"
-        if len({parameter.device for parameter in self.model.parameters()}) > 1:
-            return "the weights are on several devices"
-        if self.learns_prompts:
-            return "the adapter adds virtual tokens"
-        try:
-            self._sampling_settings(self.model)
-        except ValueError as error:
-            return str(error)
-        return None
-
-    def _sampling_settings(self, model: PreTrainedModel) -> SamplingSettings:
-        return SamplingSettings.from_generation_config(
-            self.generation_config, defaults=model.generation_config
-        )
+        return engine, reason
 
     @property
     def samples_itself(self) -> bool:
@@ -169,7 +100,7 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
         self, model: PreTrainedModel, prompts: list[list[int]], keys: list[CompletionKey], step: int
     ) -> list[Completion]:
         """Return one completion a prompt; see :class:`SeamedGRPOTrainer`."""
-        settings = self._sampling_settings(model)
+        settings = self.sampling_settings(model)
         long = settings.max_new_tokens >= _LONG_GENERATION
         progress = long and not self.args.disable_tqdm and self.is_local_process_zero()
         if self.group_sampler == "continuous_batching":
@@ -200,7 +131,7 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
             reason = "in half precision the sampler and a forward pass round differently"
         elif has_dropout(self.model):
             reason = "the policy has dropout"
-        elif self._sampling_settings(self.model).temperature != self.temperature:
+        elif self.sampling_settings(self.model).temperature != self.temperature:
             reason = "`generation_kwargs` samples at another temperature than the loss has"
         elif any(math.isnan(logprob) for c in sampled for logprob in c.policy_logprobs[:1]):
             reason = f"`group_sampler: {self.group_sampler}` does not keep them with these settings"

@@ -1,11 +1,10 @@
-"""TRL's trainer with our sampler, and log-probabilities for which a prompt is computed once."""
+"""TRL's trainer with log-probabilities for which a prompt is computed once."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer import grpo_trainer
 
-from trl_grpo_ext._trl.run import RunSeams
+from trl_grpo_ext._trl.sampling import SamplingSeams
 from trl_grpo_ext.attention import changing_angles, sliding_window
 from trl_grpo_ext.cpu_linear import OneDNNLinear
 from trl_grpo_ext.errors import SharedPrefixError
@@ -26,106 +25,21 @@ from trl_grpo_ext.logprobs import (
     shared_prefix_logprobs,
     token_statistics,
 )
-from trl_grpo_ext.sampling import Completion, CompletionKey
+from trl_grpo_ext.sampling import Completion
 
 
-class LogprobSeams(RunSeams):
-    """``trl.GRPOTrainer`` with hooks for the sampler.
-
-    Log-probabilities go through :attr:`shared_prefix` where that is exact, else through TRL.
-    """
+class LogprobSeams(SamplingSeams):
+    """``trl.GRPOTrainer`` whose log-probabilities share prompts where that is exact."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._policy_logprobs: Tensor | None = None
         self._keep_policy_logprobs = False
-        self._sampled: list[Completion] | None = None
-        self._num_evaluated = 0
         self.shared_prefix = SharedPrefix()
         super().__init__(*args, **kwargs)
-
-    # Hooks: what a subclass overrides -------------------------------------------------------------
-
-    def sample_completions(
-        self,
-        model: PreTrainedModel,
-        prompts: list[list[int]],
-        keys: list[CompletionKey],
-        step: int,
-    ) -> list[Completion]:
-        """Return one completion a prompt, if :attr:`samples_itself`.
-
-        Args:
-            model: The policy, unwrapped.
-            prompts: Token ids, each prompt as often as it has completions.
-            keys: What the random numbers of each completion depend on.
-            step: Number of the generation; 0 in evaluation, so that evaluations are comparable.
-        """
-        raise NotImplementedError
-
-    @property
-    def samples_itself(self) -> bool:
-        """Whether :meth:`sample_completions` takes TRL's place."""
-        return False
 
     def can_reuse_logprobs(self, sampled: list[Completion]) -> bool:
         """Return whether the sampler's log-probabilities stand in for those of the old policy."""
         return False
-
-    # Sampling -------------------------------------------------------------------------------------
-
-    def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        self._sampled = None
-        with self._phase("generation"):
-            output = super()._generate(*args, **kwargs)
-        self._forget_if_changed(output[1])
-        return output
-
-    def _forget_if_changed(self, completion_ids: list[list[int]]) -> None:
-        """A rollout function may have changed what was sampled."""
-        if self._sampled is not None and completion_ids != [row.ids for row in self._sampled]:
-            self._sampled = None
-
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        if not (self.extended and self.samples_itself):
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        keys, step = self._completion_keys(len(prompt_ids))
-        with self._generation_model() as model:
-            self._sampled = self.sample_completions(model, prompt_ids, keys, step)
-        return [completion.ids for completion in self._sampled], None
-
-    @contextmanager
-    def _generation_model(self) -> Iterator[PreTrainedModel]:
-        """The policy as TRL prepares it for generation."""
-        with (
-            grpo_trainer.unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self._checkpointing_kwargs,
-            ) as model,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-        ):
-            yield cast(PreTrainedModel, model)
-
-    def _completion_keys(self, num_local: int) -> tuple[list[CompletionKey], int]:
-        """Place of this process's completions among those of all, and the generation's number."""
-        accelerator = self.accelerator
-        first = accelerator.process_index * num_local
-        if self._mode == "train":
-            group_size = cast(int, self.num_generations)
-            accumulation = self.args.gradient_accumulation_steps
-            step = 1 + self.state.global_step * accumulation + self._step % accumulation
-        else:
-            group_size, step = cast(int, self.num_generations_eval), 0
-            first += self._num_evaluated
-            self._num_evaluated += accelerator.num_processes * num_local
-        rows = range(first, first + num_local)
-        return [CompletionKey(row // group_size, row % group_size) for row in rows], step
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Run TRL's loop; each evaluation gives its completions the same keys."""
-        self._num_evaluated = 0
-        return super().evaluation_loop(*args, **kwargs)
 
     # Log-probabilities ----------------------------------------------------------------------------
 

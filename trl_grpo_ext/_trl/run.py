@@ -15,6 +15,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from trl_grpo_ext._trl.contract import check_contract
+from trl_grpo_ext.config import ExtensionOptions
 
 check_contract()
 
@@ -30,9 +31,14 @@ class RunSeams(GRPOTrainer):
         super().__init__(*args, **kwargs)
 
     @property
+    def options(self) -> ExtensionOptions:
+        """This package's options of the run."""
+        return ExtensionOptions.of(self.args)
+
+    @property
     def extended(self) -> bool:
-        """Whether the hooks are used at all; if not, TRL's code runs untouched."""
-        return True
+        """Whether anything of this package is used (``extensions``)."""
+        return self.options.extensions
 
     @property
     def reads_images(self) -> bool:

@@ -141,7 +141,7 @@ class SamplingSettings:
         Raises:
             ValueError: an option is set that is not honoured; the message names all of them.
         """
-        values = {name: value for name, value in vars(config).items() if name in _known()}
+        values = {name: value for name, value in vars(config).items() if name in generation_keys()}
         for name, value in vars(defaults).items() if defaults else ():
             if name in values and values[name] is None:
                 values[name] = value
@@ -251,11 +251,11 @@ def _is_honoured(name: str, value: object) -> bool:
         return True
     if name != "stop_ids" and name in {field.name for field in fields(SamplingSettings)}:
         return True
-    if name not in _known():
+    if name not in generation_keys():
         return False
     return value is None or (value is False and name != "use_cache") or value in _OFF.get(name, ())
 
 
-def _known() -> set[str]:
-    """Names of the options of ``generate``."""
+def generation_keys() -> set[str]:
+    """Return the names of the options of ``generate``."""
     return {name for name in vars(GenerationConfig()) if not name.startswith("_")}
