@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from runs import series, settings, train, vowels
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -27,33 +28,8 @@ PROMPTS = Dataset.from_dict(
 )
 
 
-def vowels(*, completions: list[str], **_: Any) -> list[float]:
-    """A reward that differs within a group of random text."""
-    return [float(sum(character in "aeiou13579" for character in text)) for text in completions]
-
-
 def short(*, completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [-len(ids) / 8 for ids in completion_ids]
-
-
-def settings(tmp_path: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "output_dir": str(tmp_path / "out"),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "gradient_checkpointing": False,
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 8,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "max_steps": 3,
-        "beta": 0.04,
-        "seed": 7,
-    } | changes
 
 
 def ext_trainer(model: Any, tmp_path: Path, *, rewards: Any = None, **changes: Any) -> Any:
@@ -78,15 +54,6 @@ def trl_trainer(model: Path, tmp_path: Path, *, rewards: Any = None, **changes: 
         args=GRPOConfig(**settings(tmp_path, **changes)),
         train_dataset=PROMPTS,
     )
-
-
-def train(trainer: Any) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    trainer.train()
-    return trainer.state.log_history, trainer.model.state_dict()
-
-
-def series(history: list[dict[str, Any]], key: str) -> list[float]:
-    return [entry[key] for entry in history if key in entry]
 
 
 def same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
+from runs import series, settings, train, vowels
 from transformers import (
     AutoModelForCausalLM,
     Qwen3MoeConfig,
@@ -29,26 +30,13 @@ PROMPTS = Dataset.from_dict(
 )
 
 
-def settings(tmp_path: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "output_dir": str(tmp_path / "out"),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "gradient_checkpointing": False,
-        "per_device_train_batch_size": 12,
-        "num_generations": 4,
-        "max_completion_length": 8,
-        "learning_rate": 0.05,
-        "optim": "sgd",
-        "max_grad_norm": 1e9,
-        "logging_steps": 1,
-        "max_steps": 3,
-        "beta": 0.1,
-        "seed": 7,
-    } | changes
+OPTIONS = {
+    "per_device_train_batch_size": 12,
+    "learning_rate": 0.05,
+    "optim": "sgd",
+    "max_grad_norm": 1e9,
+    "beta": 0.1,
+}
 
 
 def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
@@ -64,16 +52,12 @@ def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
     return {"prompt_ids": ids, "completion_ids": rows, "logprobs": None}
 
 
-def vowels(*, completions: list[str], **_: Any) -> list[float]:
-    return [float(sum(character in "aeiou13579" for character in text)) for text in completions]
-
-
 def trainer_of(cls: Any, config: Any, model: Any, tmp_path: Path, **changes: Any) -> Any:
     of_trainer = {k: changes.pop(k) for k in ("rollout_func", "peft_config") if k in changes}
     return cls(
         str(model) if isinstance(model, Path) else model,
         vowels,
-        config(**settings(tmp_path, **changes)),
+        config(**settings(tmp_path, **(OPTIONS | changes))),
         PROMPTS,
         **of_trainer,
     )
@@ -85,15 +69,6 @@ def ours(model: Any, tmp_path: Path, **changes: Any) -> Any:
 
 def theirs(model: Any, tmp_path: Path, **changes: Any) -> Any:
     return trainer_of(GRPOTrainer, GRPOConfig, model, tmp_path, **changes)
-
-
-def trained(trainer: Any) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    trainer.train()
-    return trainer.state.log_history, trainer.model.state_dict()
-
-
-def series(history: list[dict[str, Any]], key: str) -> list[float]:
-    return [entry[key] for entry in history if key in entry]
 
 
 def count_packed_passes(trainer: Any, *, with_gradient: bool) -> list[int]:
@@ -173,10 +148,10 @@ def test_shared_prefix_gives_the_numbers_of_trl_for_given_completions(
 ) -> None:
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     changes = {"rollout_func": rollout, **changes}
-    found, weights = trained(ours(tiny_model_dir, tmp_path, shared_prefix="always", **changes))
+    found, weights = train(ours(tiny_model_dir, tmp_path, shared_prefix="always", **changes))
     for name in ("kl_clamp", "onednn_linear"):
         changes.pop(name, None)
-    expected, their_weights = trained(theirs(tiny_model_dir, tmp_path, **changes))
+    expected, their_weights = train(theirs(tiny_model_dir, tmp_path, **changes))
     keys = ["loss", "grad_norm", "reward"]
     if "gradient_accumulation_steps" not in changes:  # these are means of micro-batches' means
         keys += ["kl", "entropy", "clip_ratio/region_mean"]
@@ -264,8 +239,8 @@ def test_a_mixture_with_an_auxiliary_loss_takes_padded_rows(
     changes = {"max_steps": 2, "rollout_func": rollout, **options}
     trainer = ours(folder, tmp_path, verify_shared_prefix=False, **changes)
     packed = count_packed_passes(trainer, with_gradient=True)
-    found, _ = trained(trainer)
-    expected, _ = trained(theirs(folder, tmp_path, **changes))
+    found, _ = train(trainer)
+    expected, _ = train(theirs(folder, tmp_path, **changes))
     told = [r.message for r in warnings_logged.records if "padded path" in r.message]
     assert len(told) == (0 if shared else 1)
     assert shared or "router_aux_loss_coef: 0" in told[0]
@@ -299,7 +274,7 @@ def test_the_first_batch_finds_a_model_whose_attention_is_another(
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     layer = model.model.layers[0].mlp
     layer.register_forward_hook(lambda _, __, out: out + 0.1 * torch.arange(out.shape[1])[:, None])
-    trainer = ExtGRPOTrainer(model, vowels, ExtGRPOConfig(**settings(tmp_path)), PROMPTS)
+    trainer = ExtGRPOTrainer(model, vowels, ExtGRPOConfig(**settings(tmp_path, **OPTIONS)), PROMPTS)
     trainer.train()
     told = [r.message for r in warnings_logged.records if "padded path" in r.message]
     assert len(told) == 1
@@ -381,8 +356,8 @@ def test_old_logprobs_of_the_reference_adapter_are_not_the_samplers(
 ) -> None:
     # Under PEFT the reference is the policy with its adapter off: also a pass of the same model.
     changes = {"peft_config": LORA, "learning_rate": 0.5, "max_steps": 2}
-    history, _ = trained(ours(tiny_model_dir, tmp_path, **changes))
-    again, _ = trained(ours(tiny_model_dir, tmp_path, old_logprobs="recompute", **changes))
+    history, _ = train(ours(tiny_model_dir, tmp_path, **changes))
+    again, _ = train(ours(tiny_model_dir, tmp_path, old_logprobs="recompute", **changes))
     assert series(history, "kl") == pytest.approx(series(again, "kl"), rel=1e-4)
     assert series(history, "kl")[1] > 1e-5
 
@@ -434,8 +409,8 @@ def test_old_logprobs_are_not_the_samplers_if_a_rollout_changed_the_completions(
         }
 
     changes = {"num_iterations": 2, "max_steps": 2, "beta": 0.0, "rollout_func": cut}
-    found, _ = trained(ours(tiny_model_dir, tmp_path, **changes))
-    expected, _ = trained(ours(tiny_model_dir, tmp_path, old_logprobs="recompute", **changes))
+    found, _ = train(ours(tiny_model_dir, tmp_path, **changes))
+    expected, _ = train(ours(tiny_model_dir, tmp_path, old_logprobs="recompute", **changes))
     for key in ("loss", "grad_norm"):
         assert series(found, key) == series(expected, key)
 
@@ -483,7 +458,7 @@ def test_generations_within_an_optimizer_step_draw_other_numbers(
         seen.extend(completions)
         return [float(len(text)) for text in completions]
 
-    config = ExtGRPOConfig(**settings(tmp_path, max_steps=2, **changes))
+    config = ExtGRPOConfig(**settings(tmp_path, **(OPTIONS | {"max_steps": 2} | changes)))
     prompts = Dataset.from_dict({"prompt": ["1 + 1 ="] * 6})
     ExtGRPOTrainer(str(tiny_model_dir), keep, config, prompts).train()
     assert len(seen) == 16
@@ -497,7 +472,7 @@ def test_evaluations_of_the_same_weights_are_equal(tiny_model_dir: Path, tmp_pat
         seen.extend(completions)
         return [float(len(text)) for text in completions]
 
-    config = ExtGRPOConfig(**settings(tmp_path, per_device_eval_batch_size=8))
+    config = ExtGRPOConfig(**settings(tmp_path, **OPTIONS, per_device_eval_batch_size=8))
     trainer = ExtGRPOTrainer(str(tiny_model_dir), keep, config, PROMPTS)
     prompts = Dataset.from_dict({"prompt": ["1 + 1 ="] * 6})  # three batches of two
     trainer.evaluate(prompts)
