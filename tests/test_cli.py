@@ -26,7 +26,7 @@ def test_version_prints_that_of_the_package() -> None:
 
 def test_no_arguments_shows_the_commands() -> None:
     shown = RUN.invoke(app, []).output
-    assert all(command in shown for command in ("env", "recipes"))
+    assert all(command in shown for command in ("env", "plan", "recipes"))
 
 
 def test_env_json_reports_versions_devices_and_features() -> None:
@@ -57,6 +57,98 @@ def test_env_exits_1_and_names_the_member_when_trl_breaks_the_contract(
     assert trainer["usable"] is False
     assert "_calculate_rewards" in trainer["detail"]
     assert "Install 'trl>=1.16,<1.17'" in trainer["detail"]
+
+
+def test_plan_prints_the_comparison_a_verdict_and_yaml() -> None:
+    asked = ["--model", "Llama-3-70B", "--gpus", "8", "--gpu-memory-gb", "80", "--ppo"]
+    result = RUN.invoke(app, ["plan", *asked], env={"COLUMNS": "160"})
+    assert result.exit_code == 0
+    for text in ("140 + 140 + 140 + 140 = 560", "140 + 35 = 175", "value model (PPO)", "Verdict:"):
+        assert text in result.stdout
+    assert "model_name_or_path: meta-llama/Meta-Llama-3-70B" in result.stdout
+
+
+def test_plan_passes_every_option_on(tmp_path: Path) -> None:
+    options = {
+        "model": "Qwen3-8B",
+        "gpus": 4,
+        "gpu-memory-gb": 48,
+        "host-memory-gb": 500,
+        "reserve": 0.2,
+        "dtype": "bfloat16",
+        "optimizer": "sgd",
+        "sharding": "zero2",
+        "micro-batch": 2,
+        "gradient-accumulation": 6,
+        "num-generations": 4,
+        "prompt-tokens": 300,
+        "completion-tokens": 700,
+        "reference": "quantized",
+        "reference-quantization": "int8",
+        "reference-block-size": 128,
+        "reference-rank": 32,
+        "reference-embedding-bits": 8,
+        "reward": "7B",
+        "plot": tmp_path / "plan.png",
+    }
+    flags = ["--no-gradient-checkpointing", "--no-reference-double-quantization", "--shared-prefix"]
+    given = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    result = RUN.invoke(app, ["plan", *given, *flags, "--json"])
+    plan = json.loads(result.stdout)
+    assert plan["settings"] == {
+        "num_gpus": 4,
+        "dtype": "bfloat16",
+        "optimizer": "sgd",
+        "sharding": "zero2",
+        "lora_rank": 0,
+        "gradient_checkpointing": False,
+        "micro_batch": 2,
+        "num_generations": 4,
+        "generation_batch": 12,
+        "prompt_tokens": 300,
+        "completion_tokens": 700,
+        "reference": "quantized",
+        "storage": {
+            "quantization": "int8",
+            "block_size": 128,
+            "double_quantization": False,
+            "rank": 32,
+            "embedding_bits": 8,
+        },
+        "reward_parameters": 7 * 10**9,
+        "has_value_model": False,
+        "shared_prefix": True,
+    }
+    assert (plan["gpu_bytes"], plan["usable_bytes"]) == (48 * 10**9, 38_400_000_000)
+    assert (tmp_path / "plan.png").stat().st_size > 0
+
+
+def test_plan_takes_the_adapter_as_reference_where_there_is_one() -> None:
+    result = RUN.invoke(app, ["plan", "--model", "Qwen3-8B", "--lora", "16", "--json"])
+    plan = json.loads(result.stdout)
+    assert (plan["settings"]["reference"], plan["settings"]["lora_rank"]) == ("adapter", 16)
+
+
+def test_plan_takes_a_reward_model_of_the_size_of_the_policy() -> None:
+    result = RUN.invoke(app, ["plan", "--model", "Qwen3-8B", "--reward", "model", "--json"])
+    plan = json.loads(result.stdout)
+    assert plan["settings"]["reward_parameters"] == plan["num_parameters"] == 8_190_735_360
+    assert plan["stages"]["none"]["parts"]["reward"] == 2 * 8_190_735_360
+
+
+def test_plan_names_what_is_wrong_all_at_once() -> None:
+    bad = ["--dtype", "fp8", "--sharding", "zero4"]
+    result = RUN.invoke(app, ["plan", "--model", "Qwen3-8B", *bad])
+    assert result.exit_code == 1
+    assert "2 problems" in result.stderr
+    assert "--dtype is 'fp8', which is not known" in result.stderr
+    assert "Use one of: none, zero1, zero2, zero3, fsdp" in result.stderr
+
+
+def test_plan_names_near_matches_of_an_unknown_model() -> None:
+    result = RUN.invoke(app, ["plan", "--model", "Llama-3-71B"])
+    assert result.exit_code == 1
+    assert "Did you mean Meta-Llama-3-70B" in result.stderr
 
 
 def test_recipes_are_those_of_the_checkout() -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``trl-grpo-ext env`` and ``trl-grpo-ext recipes``."""
+"""The command line: ``trl-grpo-ext env``, ``plan`` and ``recipes``."""
 
 from __future__ import annotations
 
@@ -78,6 +78,83 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+@app.command()
+def plan(
+    *,
+    model: Annotated[
+        str, typer.Option(help="A folder, a config.json, a known name, or a name on the Hub.")
+    ],
+    gpus: Annotated[int, typer.Option(help="GPUs, one process each.")] = 1,
+    gpu_memory_gb: Annotated[float, typer.Option(help="Of one GPU, in GB of 1e9 bytes.")] = 80.0,
+    host_memory_gb: Annotated[
+        float | None, typer.Option(help="Of the machine, in GB; enough, if not given.")
+    ] = None,
+    reserve: Annotated[float, typer.Option(help="Share of a GPU to leave free.")] = 0.1,
+    dtype: Annotated[
+        str, typer.Option(help="mixed (float32 weights, bfloat16 compute), bfloat16, float32.")
+    ] = "mixed",
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, adamw_8bit, paged_adamw_8bit, sgd.")
+    ] = "adamw",
+    sharding: Annotated[str, typer.Option(help="none, zero1, zero2, zero3, fsdp.")] = "none",
+    lora: Annotated[int, typer.Option(help="Rank of an adapter; 0 trains all weights.")] = 0,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="Compute layers again for the backward pass.")
+    ] = True,
+    micro_batch: Annotated[int, typer.Option(help="Completions a GPU in one pass.")] = 8,
+    gradient_accumulation: Annotated[
+        int | None, typer.Option(help="Micro-batches a step; one group a GPU if not given.")
+    ] = None,
+    num_generations: Annotated[int, typer.Option(help="Completions of a prompt.")] = 8,
+    prompt_tokens: Annotated[int, typer.Option(help="Of the longest prompt.")] = 512,
+    completion_tokens: Annotated[int, typer.Option(help="Most, of a completion.")] = 1024,
+    reference: Annotated[
+        str, typer.Option(help="auto, none, adapter, resident, streamed, quantized.")
+    ] = "auto",
+    reference_quantization: Annotated[str, typer.Option(help="nf4, fp4, int8.")] = "nf4",
+    reference_block_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
+    reference_double_quantization: Annotated[
+        bool, typer.Option(help="Store scales in 8 bits.")
+    ] = True,
+    reference_rank: Annotated[int, typer.Option(help="Of factors beside each matrix.")] = 0,
+    reference_embedding_bits: Annotated[
+        int, typer.Option(help="8, or 16 for those of the policy.")
+    ] = 16,
+    reward: Annotated[
+        str, typer.Option(help="none, api, model (of the policy's size), or a name or size.")
+    ] = "none",
+    ppo: Annotated[bool, typer.Option("--ppo", help="Count a value model too.")] = False,
+    shared_prefix: Annotated[
+        bool, typer.Option("--shared-prefix", help="Count each prompt once a group.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Save a picture of it, such as a .png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the memory that a run needs on each GPU, and settings that fit.
+
+    Nothing but the model's configuration is read, and no weight is fetched.
+    """
+    given = dict(locals())
+    run = ("gpu_memory_gb", "host_memory_gb", "reserve", "plot", "as_json")
+    settings = {name: value for name, value in given.items() if name not in run}
+    memory = {name: given[name] for name in run[:3]}
+    from trl_grpo_ext.errors import ExtGRPOError
+    from trl_grpo_ext.memory.options import settings_of
+    from trl_grpo_ext.memory.plan import make_plan
+    from trl_grpo_ext.memory.show import print_plan, save_plot
+
+    try:
+        planned = make_plan(model, settings_of(**settings), **memory)
+    except ExtGRPOError as error:
+        raise _failure(str(error)) from error
+    if plot is not None:
+        save_plot(planned, plot)
+    if as_json:
+        typer.echo(json.dumps(planned.to_dict(), indent=2))
+    else:
+        print_plan(planned, Console())
 
 
 @recipes_app.command("list")

@@ -18,7 +18,7 @@ _BLOCK = 64  # [outputs] a layer below this has nothing to gain
 
 
 def use_onednn(model: nn.Module) -> int:
-    """Make the plain float32 linear layers of a model on the CPU run in oneDNN.
+    """Make the float32 linear layers of a model on the CPU run in oneDNN, quantized ones as well.
 
     Weights, names and hooks stay; a layer whose ``forward`` somebody replaced is left alone. Doing
     it twice changes nothing.
@@ -30,11 +30,32 @@ def use_onednn(model: nn.Module) -> int:
         return 0
     layers = [module for module in model.modules() if _can_run(module)]
     for layer in layers:
-        layer.__class__ = OneDNNLinear
+        if hasattr(layer, "uses_onednn"):
+            vars(layer)["uses_onednn"] = True
+        else:
+            layer.__class__ = OneDNNLinear
     return len(layers)
 
 
+def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``inputs @ weight.T + bias``, shape ``(..., O)``, in oneDNN if it is float32 on a CPU.
+
+    Args:
+        inputs: Shape ``(..., I)``.
+        weight: Shape ``(O, I)``.
+        bias: Shape ``(O,)`` or ``None``.
+    """
+    plain = weight.device.type != "cpu" or torch.is_autocast_enabled("cpu")
+    plain = plain or not inputs.numel()  # oneDNN knows no empty matrices
+    if plain or inputs.dtype != torch.float32 or weight.dtype != torch.float32:
+        return nn.functional.linear(inputs, weight, bias)
+    output: Tensor = _Product.apply(inputs, weight, bias)  # type: ignore[no-untyped-call]
+    return output
+
+
 def _can_run(module: nn.Module) -> bool:
+    if hasattr(module, "uses_onednn"):  # a layer of ours, whose weight is made when it is used
+        return True
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     weight = module.weight
@@ -46,14 +67,7 @@ class OneDNNLinear(nn.Linear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return ``inputs @ weight.T + bias``, shape ``(..., O)``."""
-        plain = self.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-        plain = plain or not inputs.numel()  # oneDNN knows no empty matrices
-        if plain or inputs.dtype != torch.float32 or self.weight.dtype != torch.float32:
-            return super().forward(inputs)
-        output: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            inputs, self.weight, self.bias
-        )
-        return output
+        return product(inputs, self.weight, self.bias)
 
 
 class _Product(torch.autograd.Function):

@@ -42,6 +42,10 @@ class ReferenceModelError(ExtGRPOError, ValueError):
     """A reference model of the requested kind cannot be built for this policy."""
 
 
+class LayerOrderError(ExtGRPOError, ValueError):
+    """A model does not run its decoder layers once each, in order."""
+
+
 class SharedPrefixError(ExtGRPOError, ValueError):
     """The model cannot compute a shared prefix exactly."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -188,6 +189,21 @@ def test_resident_reference_has_exactly_the_logits_of_the_policy(
     assert torch.equal(logits_of(reference), logits_of(tiny_model))
 
 
+def test_int8_reference_is_nearer_to_the_policy_than_4_bits(tiny_model: LlamaForCausalLM) -> None:
+    exact = logits_of(tiny_model)
+    errors = {
+        quantization: (logits_of(build_reference(tiny_model, quantization=quantization)) - exact)
+        for quantization in ("nf4", "int8")
+    }
+    assert 0 < 5 * errors["int8"].norm() < errors["nf4"].norm()
+
+
+def test_a_name_of_a_module_keeps_everything_in_it(tiny_model: LlamaForCausalLM) -> None:
+    reference = build_reference(tiny_model, keep_modules=["self_attn"])
+    names = {name.rpartition(".")[2] for name in quantized_by_name(reference)}
+    assert names == {"gate_proj", "up_proj", "down_proj"}
+
+
 # What it costs ----------------------------------------------------------------------------------
 
 
@@ -245,6 +261,10 @@ def test_summary_by_hand(double_quantization: bool) -> None:
     tables = (16 + 256 * double_quantization) * 4
     num_bytes = 7 * (2048 + scales + tables) + (num_float + 4 * 64) * 4 + rotary
     assert summary.num_bytes == num_bytes
+    assert summary.quantized_bytes == 7 * (2048 + scales + tables)
+    assert summary.bits_per_weight == 8 * (2048 + scales + tables) / 4096
+    assert summary.quantized_to_bfloat16 == (2048 + scales + tables) / 8192
+    assert summary.model_to_bfloat16 == num_bytes / (2 * summary.num_parameters)
 
 
 def test_summary_counts_tied_embeddings_once_and_a_resident_reference_as_it_is() -> None:
@@ -252,12 +272,26 @@ def test_summary_counts_tied_embeddings_once_and_a_resident_reference_as_it_is()
     summary = summarize_reference(build_reference(policy, kind="resident"))
     assert summary.num_parameters == 7 * 4096 + 32 * 64 + 3 * 64
     assert summary.num_quantized == 0
-    assert str(summary) == "0.0M parameters, 0% in 4 bits, 0 MB"
+    assert (summary.quantized_bytes, summary.bits_per_weight) == (0, 0.0)
+    assert str(summary) == "0.0M parameters, none quantized, 0 MB (200% of bfloat16)"
+
+
+def test_summary_counts_low_rank_factors() -> None:
+    reference = build_reference(small_llama())
+    before = summarize_reference(reference)
+    layer = reference.model.layers[0].mlp.up_proj
+    layer.set_low_rank(torch.ones(4, 64), torch.ones(64, 4))
+    after = summarize_reference(reference)
+    assert after.num_parameters == before.num_parameters
+    assert after.quantized_bytes == before.quantized_bytes + 2 * 2 * 4 * 64
+    assert after.num_bytes == before.num_bytes + 2 * 2 * 4 * 64
 
 
 def test_summary_reads_as_a_line() -> None:
-    summary = ReferenceSummary(494_032_768, 357_826_560, 475_500_000)
-    assert str(summary) == "494.0M parameters, 72% in 4 bits, 476 MB"
+    summary = ReferenceSummary(494_032_768, 357_826_560, 475_500_000, 184_644_864)
+    assert str(summary) == (
+        "494.0M parameters, 72% in 4.13 bits (26% of bfloat16), 476 MB (48% of bfloat16)"
+    )
 
 
 # Frozen, and apart from the policy --------------------------------------------------------------
@@ -380,6 +414,30 @@ def test_a_policy_without_weights_on_this_process_is_refused() -> None:
         "Set `fsdp_cpu_ram_efficient_loading: false` in the accelerate configuration, "
         "or `reference: auto`."
     )
+
+
+def test_a_device_without_kernels_is_refused(
+    tiny_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitsandbytes.supported_torch_devices", {"xpu", "cuda"})
+    with pytest.raises(ReferenceModelError) as caught:
+        build_reference(tiny_model)
+    assert str(caught.value) == (
+        "The policy is on cpu, where bitsandbytes has no kernels (it has them for cuda, xpu), so "
+        "its weights cannot be quantized there. "
+        "Use `reference: resident` or `reference: streamed`."
+    )
+    assert build_reference(tiny_model, kind="resident") is not tiny_model
+
+
+def test_without_bitsandbytes_only_the_quantized_kind_is_refused(
+    tiny_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.delitem(sys.modules, "bitsandbytes.functional", raising=False)
+    build_reference(tiny_model, kind="resident")
+    with pytest.raises(ReferenceModelError, match="Run `pip install bitsandbytes`, or set"):
+        build_reference(tiny_model)
 
 
 def test_a_policy_with_nothing_to_quantize_is_refused(tiny_model: LlamaForCausalLM) -> None:

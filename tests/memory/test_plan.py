@@ -1,0 +1,245 @@
+"""Plans: the comparison, the search, what is printed and what is drawn."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from rich.console import Console
+from trl import ModelConfig
+
+from trl_grpo_ext.config import ExtGRPOConfig, ReferenceKind
+from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.memory import ReferenceFormat, RunSettings, estimate_run
+from trl_grpo_ext.memory.plan import make_plan
+from trl_grpo_ext.memory.recipe_lines import launch_command, recipe_options, recipe_yaml
+from trl_grpo_ext.memory.search import fastest_that_fits, frugal_settings, gpus_that_suffice
+from trl_grpo_ext.memory.show import print_plan, save_plot
+
+GB = 10**9
+ROOT = Path(__file__).parent.parent.parent
+ON_8 = RunSettings(num_gpus=8)
+
+
+def shown(model: str, settings: RunSettings, **memory: Any) -> str:
+    text = io.StringIO()
+    plan = make_plan(model, settings, **{"gpu_memory_gb": 80, **memory})
+    print_plan(plan, Console(file=text, width=140))
+    return text.getvalue()
+
+
+def test_comparison_of_a_70b_model_is_the_well_known_one() -> None:
+    setups = make_plan("Llama-3-70B", ON_8, gpu_memory_gb=80).comparison
+    parts = [[size / GB for size in setup.parts.values()] for setup in setups]
+    assert parts == [
+        [140, 140, 140, 140],  # PPO
+        [140, 140, 140],  # GRPO needs no value model
+        [140, 140],  # and no reward model behind an API
+        [140, 35, 140],
+        [140, 35],
+    ]
+    assert [setup.total / GB for setup in setups] == [560, 420, 280, 315, 175]
+
+
+def test_comparison_prints_sums_of_parts_beside_what_is_stored() -> None:
+    text = shown("Llama-3-70B", ON_8)
+    for line in (
+        "140 + 140 + 140 + 140 = 560",
+        "140 + 140 + 140 = 420",
+        "140 + 140 = 280",
+        "140 + 35 + 140 = 315",
+        "140 + 35 = 175",
+        "141.1 + 39.5 = 180.6",
+    ):
+        assert line in text
+    assert "GB (1e9 bytes)" in text
+
+
+def test_frugal_settings_start_with_those_asked_for_and_never_ask_for_more() -> None:
+    asked = replace(ON_8, reference="streamed", gradient_checkpointing=False)
+    settings = list(frugal_settings(asked))
+    assert settings[0] == asked
+    assert len(set(settings)) == len(settings)
+    assert {s.reference for s in settings} == {"streamed", "quantized", "adapter"}
+    assert settings[1] == replace(asked, reference="quantized")
+    assert settings[2] == replace(asked, sharding="zero2")
+    assert settings[-1].lora_rank > 0
+    assert settings[-1].reference == "adapter"
+
+
+def test_frugal_settings_keep_one_gpu_whole_and_a_run_without_reference_without() -> None:
+    settings = list(frugal_settings(RunSettings(reference="none")))
+    assert {s.sharding for s in settings} == {"none"}
+    assert {s.reference for s in settings} == {"none"}
+
+
+def test_fastest_that_fits_is_the_first_whose_estimate_does() -> None:
+    plan = make_plan("Qwen2.5-7B", ON_8, gpu_memory_gb=80)
+    found = fastest_that_fits(plan.shape, ON_8, usable_bytes=plan.usable_bytes)
+    assert found is not None
+    order = list(frugal_settings(ON_8))
+    needs = [estimate_run(plan.shape, settings).total_bytes for settings in order]
+    first = next(index for index, need in enumerate(needs) if need <= plan.usable_bytes)
+    assert found == order[first]
+    assert first > 0
+
+
+def test_fastest_that_fits_counts_host_memory_for_every_process() -> None:
+    asked = replace(ON_8, reference="streamed", sharding="fsdp")
+    plan = make_plan("Qwen2.5-7B", asked, gpu_memory_gb=80)
+    host = 8 * plan.estimate.host_bytes
+    limits: dict[str, Any] = {"usable_bytes": plan.usable_bytes}
+    assert fastest_that_fits(plan.shape, asked, host_bytes=host, **limits) == asked
+    less = fastest_that_fits(plan.shape, asked, host_bytes=host - 1, **limits)
+    assert less == replace(asked, reference="quantized")
+    short = make_plan("Qwen2.5-7B", asked, gpu_memory_gb=80, host_memory_gb=(host - 1) / GB)
+    assert not short.fits
+    assert "of host memory" in short.verdict()
+
+
+def test_verdict_says_by_how_much_it_fits_or_does_not() -> None:
+    need = make_plan("Qwen2.5-0.5B", RunSettings(), gpu_memory_gb=80).estimate.total_bytes
+    fits = make_plan("Qwen2.5-0.5B", RunSettings(), gpu_memory_gb=need / GB + 2, reserve=0)
+    short = make_plan("Qwen2.5-0.5B", RunSettings(), gpu_memory_gb=need / GB - 3, reserve=0)
+    assert fits.fits
+    assert fits.verdict().endswith("2.0 GB to spare.")
+    assert not short.fits
+    assert short.verdict().startswith("does not fit by 3.0 GB")
+
+
+def test_plan_without_a_solution_says_how_many_gpus_would_do() -> None:
+    asked = RunSettings(num_gpus=1)
+    plan = make_plan("Llama-3-70B", asked, gpu_memory_gb=40)
+    assert plan.suggestion is None
+    assert plan.enough_gpus is not None
+    few, enough = (
+        replace(asked, num_gpus=gpus) for gpus in (plan.enough_gpus // 2, plan.enough_gpus)
+    )
+    assert fastest_that_fits(plan.shape, few, usable_bytes=plan.usable_bytes) is None
+    assert fastest_that_fits(plan.shape, enough, usable_bytes=plan.usable_bytes) is not None
+    text = shown("Llama-3-70B", asked, gpu_memory_gb=40)
+    assert f"{plan.enough_gpus} GPUs like these would do" in text
+    assert gpus_that_suffice(plan.shape, asked, usable_bytes=10**6) is None
+
+
+def test_plan_says_so_when_the_reward_model_is_what_does_not_fit() -> None:
+    asked = replace(ON_8, reward_parameters=70 * GB)
+    text = shown("Llama-3-70B", asked)
+    assert "The reward model alone takes 140.0 GB of each GPU: --reward api takes none." in text
+
+
+def test_print_plan_shows_every_stage_both_log_prob_passes_and_what_to_run() -> None:
+    text = shown("Qwen2.5-7B", replace(ON_8, reference="streamed"))
+    for expected in (
+        "ZeRO-1",
+        "ZeRO-2",
+        "ZeRO-3: not with `reference: streamed`",
+        "FSDP",
+        "Log-prob pass of a micro-batch: padded",
+        "with shared prefixes",
+        "█",
+        "host memory",
+        "Verdict: Qwen2.5-7B on 8 x 80.0 GB does not fit by",
+        "model_name_or_path: Qwen/Qwen2.5-7B",
+        "recipes/accelerate/zero3.yaml --num_processes 8 --zero_stage 2",
+        "weights 4 bytes, activations and cache 2",
+    ):
+        assert expected in text
+
+
+def test_to_dict_is_json_with_the_same_numbers() -> None:
+    plan = make_plan("Llama-3-8B", ON_8, gpu_memory_gb=80)
+    read = json.loads(json.dumps(plan.to_dict()))
+    assert read["stages"]["none"]["total"] == plan.estimate.total_bytes
+    assert read["fits"] is plan.fits
+    assert read["comparison"][0]["total"] == 4 * 2 * 8 * GB
+    assert read["suggestion"]["recipe"]["num_generations"] == 8
+
+
+def test_save_plot_writes_a_picture_with_a_bar_a_stage(tmp_path: Path) -> None:
+    save_plot(make_plan("Llama-3-70B", ON_8, gpu_memory_gb=80), tmp_path / "plan.png")
+    save_plot(make_plan("Llama-3-70B", ON_8, gpu_memory_gb=80), tmp_path / "plan.svg")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert "<!-- suggested -->" in (tmp_path / "plan.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"),
+    [
+        ({"gpu_memory_gb": 0}, "--gpu-memory-gb is 0"),
+        ({"gpu_memory_gb": 80, "reserve": 1.5}, "--reserve is 1.5"),
+    ],
+)
+def test_make_plan_refuses_memory_that_cannot_be(memory: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigurationError, match=expected):
+        make_plan("Llama-3-8B", ON_8, **memory)
+
+
+OFFERED = [
+    ON_8,
+    replace(ON_8, reference="none"),
+    replace(ON_8, reference="quantized", storage=ReferenceFormat(quantization="fp4")),
+    replace(ON_8, reference="quantized", storage=ReferenceFormat(quantization="int8", rank=8)),
+    replace(ON_8, reference="streamed", dtype="bfloat16"),
+    replace(ON_8, lora_rank=8, reference="adapter"),
+    replace(ON_8, optimizer="paged_adamw_8bit", micro_batch=2),
+    replace(ON_8, sharding="zero3"),
+]
+
+
+@pytest.mark.parametrize("settings", OFFERED, ids=range(len(OFFERED)))
+def test_recipe_lines_are_options_of_the_configuration(settings: RunSettings) -> None:
+    options = yaml.safe_load(recipe_yaml("Llama-3-8B", settings))
+    assert options == recipe_options("Llama-3-8B", settings)
+    of_model = {name: options.pop(name) for name in list(options) if hasattr(ModelConfig, name)}
+    config = ModelConfig(**of_model)
+    assert config.model_name_or_path == "meta-llama/Meta-Llama-3-8B"
+    assert config.lora_r == (settings.lora_rank or ModelConfig.lora_r)
+    fields = ExtGRPOConfig.__dataclass_fields__
+    if options.get("reference", "auto") not in get_args(ReferenceKind) or options.keys() - fields:
+        pytest.skip("this reference is not in the configuration yet")
+    made = ExtGRPOConfig(
+        output_dir="unused", use_cpu=True, report_to=[], **options | {"bf16": False}
+    )
+    assert made.per_device_train_batch_size == settings.micro_batch
+    assert made.gradient_accumulation_steps * settings.micro_batch == settings.generation_batch
+    assert made.beta == (0 if settings.reference == "none" else 0.02)
+
+
+def test_recipe_lines_of_a_quantized_reference_name_what_is_not_the_default() -> None:
+    storage = ReferenceFormat(
+        quantization="int8", block_size=128, double_quantization=False, rank=16, embedding_bits=8
+    )
+    options = recipe_options("x/y", replace(ON_8, reference="quantized", storage=storage))
+    assert {name: value for name, value in options.items() if name.startswith("reference")} == {
+        "reference": "quantized",
+        "reference_quantization": "int8",
+        "reference_block_size": 128,
+        "reference_double_quantization": False,
+        "reference_rank": 16,
+        "reference_embedding_quantization": "int8",
+    }
+
+
+def test_recipe_lines_under_zero_3_take_the_reference_of_trl_and_gather_no_whole_model() -> None:
+    options = recipe_options("x/y", replace(ON_8, sharding="zero3"))
+    assert options["reference"] == "auto"
+    assert options["ds3_gather_for_generation"] is False
+
+
+@pytest.mark.parametrize("sharding", ["none", "zero1", "zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_launch_command_is_one_that_accelerate_takes(sharding: Any, gpus: int) -> None:
+    command = launch_command(RunSettings(num_gpus=gpus, sharding=sharding))
+    arguments = command.split()[2:]
+    parsed = launch_command_parser().parse_args([*arguments, "recipes/grpo.py"])
+    assert (ROOT / parsed.config_file).is_file()
+    if gpus > 1:
+        assert parsed.num_processes == 8
+        assert parsed.zero_stage == {"zero1": 1, "zero2": 2}.get(sharding)
