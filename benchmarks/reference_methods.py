@@ -1,5 +1,4 @@
-"""Ways to store a reference that are not in the package: what `benchmarks/reference.py` holds the
-package's own methods against.
+"""Other ways to store a reference, which `benchmarks/reference.py` holds the package's own against.
 
 Each takes a policy, completions of it and a rank, and returns a reference in about 4 bits. Most
 differ in one function only, which chooses a layer's codes and low-rank factors from its weight and
@@ -143,7 +142,7 @@ def hadamard(size: int, *, seed: int) -> Tensor:
     matrix = torch.ones(1, 1)
     while len(matrix) < power:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    rest = torch.linalg.qr(torch.randn(size // power, size // power, generator=generator)).Q
+    rest = torch.linalg.qr(torch.randn(size // power, size // power, generator=generator)).Q.contiguous()
     signs = torch.randint(2, (size, 1), generator=generator) * 2.0 - 1
     return signs * torch.kron(rest, matrix / power**0.5)
 
@@ -241,7 +240,7 @@ def fisher_divergences(
     """
     weights = {name: cast(nn.Parameter, policy.get_submodule(name).weight) for name in linears}
     errors = {
-        name: linear.effective_weight(torch.float32) - _weight(policy.get_submodule(name)).float()
+        name: linear.effective_weight(torch.float32) - weights[name].detach().float()
         for name, linear in linears.items()
     }
     rows = [row for batch in batches for row in _single_rows(batch)]
@@ -252,8 +251,7 @@ def fisher_divergences(
         logprob = (logprobs_TV.gather(1, row.labels_BT.T)[:, 0] * row.mask_BT[0]).sum()
         grads = torch.autograd.grad(logprob, list(weights.values()))
         for (name, error_OI), grad in zip(errors.items(), grads, strict=True):
-            grad_OI = grad.view_as(error_OI) if grad.shape == error_OI.shape else grad.T
-            totals[name] += float((error_OI * grad_OI).sum()) ** 2 / (2 * len(rows))
+            totals[name] += float((error_OI * grad).sum()) ** 2 / (2 * len(rows))
     return totals
 
 

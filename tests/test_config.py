@@ -47,7 +47,8 @@ def test_config_reports_everything_at_once() -> None:
     for part in ("`num_generations`=7", "'k4'", "`advantage_eps` is -1.0", "`kl_clamp` is 0.0"):
         assert part in text
     assert (
-        "`reference` is 'nf4', which is not known. Use one of: auto, resident, quantized." in text
+        "`reference` is 'nf4', which is not known. Use one of: auto, none, adapter, "
+        "resident, streamed, quantized." in text
     )
     assert "`beta` is 0" in text
 
@@ -86,7 +87,7 @@ def test_config_refuses_a_group_of_one(size: int) -> None:
         ({"multi_objective_aggregation": "max"}, "Use one of: sum_then_normalize"),
         (
             {"beta": 0.1, "reference": "quantized", "reference_quantization": "int3"},
-            "Use one of: nf4, fp4.",
+            "Use one of: nf4, fp4, int8.",
         ),
         (
             {"beta": 0.1, "reference": "quantized", "reference_block_size": 3},

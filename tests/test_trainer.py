@@ -223,7 +223,8 @@ def test_trainer_quantized_reference_is_frozen_and_small(
 ) -> None:
     from trl_grpo_ext.reference import QuantizedLinear, summarize_reference
 
-    trainer = ext_trainer(tiny_model_dir, tmp_path, reference="quantized")
+    changes = {"reference": "quantized", "reference_compensation": "none"}
+    trainer = ext_trainer(tiny_model_dir, tmp_path, **changes)
     reference = trainer.ref_model
     before = {name: buffer.clone() for name, buffer in reference.state_dict().items()}
     history, _ = train(trainer)

@@ -18,19 +18,24 @@ from trl_grpo_ext.losses import (
     KLEstimator,
     kl_gradient_problem,
 )
+from trl_grpo_ext.reference.build import EmbeddingQuantization
+from trl_grpo_ext.reference.options import (
+    BLOCK_SIZES,
+    Compensation,
+    ReferenceKind,
+    ReferenceOptions,
+    reference_problems,
+)
+from trl_grpo_ext.reference.quantized import QuantizationType
 from trl_grpo_ext.sampling.settings import generation_keys, unsupported_generation_keys
 
 GroupSampler = Literal["auto", "shared_prefill", "continuous_batching", "vllm", "transformers"]
 SharedPrefixMode = Literal["auto", "always", "never"]
 OldLogprobs = Literal["sampler", "recompute"]
-ReferenceKind = Literal["auto", "resident", "quantized"]
-Quantization = Literal["nf4", "fp4"]
-
-BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass
-class ExtensionOptions:
+class ExtensionOptions(ReferenceOptions):
     """What this package adds to ``trl.GRPOConfig``.
 
     With the defaults, given completions get the log-probabilities, losses and gradients of plain
@@ -38,8 +43,7 @@ class ExtensionOptions:
     numbers. Two things differ: groups of equal rewards teach exactly nothing, and rewards that are
     NaN or infinite are left out.
 
-    Options of the reference are ``None`` until set, so that one set in vain (``beta`` 0, another
-    kind) is noticed.
+    Those of the reference are in :class:`~trl_grpo_ext.reference.options.ReferenceOptions`.
     """
 
     extensions: bool = field(
@@ -124,36 +128,6 @@ class ExtensionOptions:
             "in nats (10 to 20); none if not set."
         },
     )
-    reference: ReferenceKind = field(
-        default="auto",
-        metadata={
-            "help": "The frozen reference: 'auto' (TRL's: the adapter switched off under PEFT, "
-            "else a full copy loaded from disk), 'resident' (a full copy of the live policy), "
-            "'quantized' (4 bits, from the live policy)."
-        },
-    )
-    reference_quantization: Quantization | None = field(
-        default=None,
-        metadata={"help": "Data type of the quantized reference: 'nf4' (default) or 'fp4'."},
-    )
-    reference_block_size: int | None = field(
-        default=None,
-        metadata={"help": "Weights that share a scale in the quantized reference; 64 by default."},
-    )
-    reference_double_quantization: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether the scales are quantized too "
-            "(0.4 bits a weight less); true by default."
-        },
-    )
-    reference_keep_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Last part of the names of linear layers that the quantized reference keeps in "
-            "full precision, such as 'down_proj'. Embeddings and the LM head always are."
-        },
-    )
 
     @classmethod
     def of(cls, config: GRPOConfig) -> ExtensionOptions:
@@ -212,7 +186,14 @@ def configuration_problems(config: GRPOConfig) -> Iterator[str]:
         yield problem
     yield from _sampler_problems(config, options)
     yield from _options_in_vain(config, options)
-    yield from _quantized_reference_problems(config, options)
+    plugin = getattr(config, "deepspeed_plugin", None)
+    yield from reference_problems(
+        options,
+        beta=config.beta,
+        mixes=config.sync_ref_model,
+        mixup_alpha=config.ref_model_mixup_alpha,
+        zero_stage=0 if plugin is None else plugin.zero_stage,
+    )
 
 
 def _unknown_values(config: GRPOConfig, options: ExtensionOptions) -> Iterator[str]:
@@ -226,7 +207,21 @@ def _unknown_values(config: GRPOConfig, options: ExtensionOptions) -> Iterator[s
         ("old_logprobs", options.old_logprobs, get_args(OldLogprobs)),
         ("kl_estimator", options.kl_estimator, get_args(KLEstimator)),
         ("reference", options.reference, get_args(ReferenceKind)),
-        ("reference_quantization", options.reference_quantization, (None, *get_args(Quantization))),
+        (
+            "reference_quantization",
+            options.reference_quantization,
+            (None, *get_args(QuantizationType)),
+        ),
+        (
+            "reference_embedding_quantization",
+            options.reference_embedding_quantization,
+            (None, *get_args(EmbeddingQuantization)),
+        ),
+        (
+            "reference_compensation",
+            options.reference_compensation,
+            (None, *get_args(Compensation)),
+        ),
         ("reference_block_size", options.reference_block_size, (None, *BLOCK_SIZES)),
         ("scale_rewards", scale, get_args(RewardScale)),
         (
@@ -290,40 +285,27 @@ def _sampler_problems(config: GRPOConfig, options: ExtensionOptions) -> Iterator
 
 def _options_in_vain(config: GRPOConfig, options: ExtensionOptions) -> Iterator[str]:
     changed = [f.name for f in fields(options) if getattr(options, f.name) != f.default]
-    details = [name for name in changed if name.startswith("reference_")]
+    streamed = [name for name in changed if name == "reference_on_disk"]
+    quantized = [name for name in changed if name.startswith("reference_") and name not in streamed]
     penalty = [name for name in changed if name.startswith(("reference", "kl_"))]
+    if options.reference == "none":
+        penalty.remove("reference")
     others = [name for name in changed if name != "extensions"]
     if config.beta == 0.0 and penalty:
         yield (
             f"`beta` is 0, so there is no KL penalty and no reference, but {_named(penalty)} set. "
             "Set `beta` above 0 (0.01 to 0.05 is usual), or remove what is set."
         )
-    if options.reference != "quantized" and details:
-        yield (
-            f"`reference` is {options.reference!r}, but {_named(details)} set. "
-            "Set `reference: quantized`, or remove what is set."
-        )
+    for kind, details in (("quantized", quantized), ("streamed", streamed)):
+        if options.reference != kind and details:
+            yield (
+                f"`reference` is {options.reference!r}, but {_named(details)} set. "
+                f"Set `reference: {kind}`, or remove what is set."
+            )
     if not options.extensions and others:
         yield (
             f"`extensions` is false, but {_named(others)} set. "
             "Set `extensions: true`, or remove what is set."
-        )
-
-
-def _quantized_reference_problems(config: GRPOConfig, options: ExtensionOptions) -> Iterator[str]:
-    keep: object = options.reference_keep_modules
-    if isinstance(keep, str):  # from a YAML, which is not held to the annotation
-        yield f"`reference_keep_modules` is {keep!r}, which is not a list. Write [{keep}]."
-    if options.reference == "quantized" and config.sync_ref_model:
-        yield (
-            "`sync_ref_model` is true, but a quantized reference is frozen: 4-bit weights cannot "
-            "be moved towards the policy. Set `sync_ref_model: false`, or `reference: resident`."
-        )
-    plugin = getattr(config, "deepspeed_plugin", None)
-    if options.reference != "auto" and plugin is not None and plugin.zero_stage == 3:
-        yield (
-            f"`reference` is {options.reference!r}, but under DeepSpeed ZeRO-3 no process holds "
-            "the weights to build it from. Set `reference: auto`, or use FSDP2 or ZeRO-2."
         )
 
 

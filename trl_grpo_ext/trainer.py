@@ -10,14 +10,16 @@ of :meth:`~ExtGRPOTrainer.make_reference`.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import GRPOTrainer
 
@@ -29,10 +31,20 @@ from trl_grpo_ext.advantages import (
 )
 from trl_grpo_ext.config import ExtensionOptions, configuration_problems
 from trl_grpo_ext.cpu_linear import use_onednn
-from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.errors import ConfigurationError, ReferenceModelError
 from trl_grpo_ext.logprobs import SharedPrefix, has_dropout
 from trl_grpo_ext.losses import importance_ratio, kl_estimate, reduce_tokens
-from trl_grpo_ext.reference import build_reference, summarize_reference
+from trl_grpo_ext.memory import RunSettings
+from trl_grpo_ext.reference import KLPenalty
+from trl_grpo_ext.reference.choice import choose_kind
+from trl_grpo_ext.reference.keeper import ReferenceKeeper
+from trl_grpo_ext.reference.options import ReferenceKind, ReferenceSettings
+from trl_grpo_ext.reference.sampling import (
+    CalibrationData,
+    CalibrationSampler,
+    different_prompts,
+)
+from trl_grpo_ext.reference.store import ReferenceStore
 from trl_grpo_ext.rewards.scores import checking
 from trl_grpo_ext.sampling import (
     Completion,
@@ -66,7 +78,11 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         _check_before_loading(self.__signature__.bind(*args, **kwargs).arguments)
         self._told_recompute = False
+        self.reference_kind: ReferenceKind = "none"
+        self.reference_reason = "`beta` is 0"
         super().__init__(*args, **kwargs)
+        if self.beta != 0.0 and hasattr(self.model, "peft_config"):
+            self.reference_kind, self.reference_reason = "adapter", "switched off, it is exact"
         on_cpu = self.accelerator.device.type == "cpu"
         if on_cpu and self.extended and self.options.onednn_linear:
             use_onednn(self.model)
@@ -202,20 +218,92 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
 
     def make_reference(self, policy: PreTrainedModel) -> nn.Module | None:
         """Return the frozen reference that ``reference`` asks for; ``None`` for TRL's own."""
-        options = self.options
-        if options.reference == "auto":
+        kind, reason = self._choose_reference(policy)
+        self.reference_kind, self.reference_reason = kind, reason
+        logger.info(f"reference: {kind} ({reason})")
+        if self.options.reference == "auto" and kind == "resident":
             return None
-        block_size, double = options.reference_block_size, options.reference_double_quantization
-        reference = build_reference(
-            policy,
-            kind=options.reference,
-            quantization=options.reference_quantization or "nf4",
-            block_size=64 if block_size is None else block_size,
-            double_quantization=True if double is None else double,
-            keep_modules=options.reference_keep_modules or (),
+        on_cpu = policy.device.type == "cpu"
+        if on_cpu and self.options.onednn_linear:
+            use_onednn(policy)
+        saves = self.args.save_strategy != "no" or self.accelerator.num_processes > 1
+        keeper = ReferenceKeeper(
+            self._reference_settings(kind),
+            sample=self._sample_for_calibration,
+            penalty=KLPenalty(
+                self.options.kl_estimator,
+                clamp=self.options.kl_clamp,
+                bias_correction=self.args.use_bias_correction_kl,
+                temperature=self.args.temperature,
+            ),
+            store=ReferenceStore(Path(str(self.args.output_dir)) / "reference") if saves else None,
+            onednn=on_cpu and self.options.onednn_linear,
+            progress=not self.args.disable_tqdm and self.is_local_process_zero(),
         )
-        logger.info(f"reference: {options.reference}, {summarize_reference(reference)}")
+        with self.accelerator.main_process_first():
+            reference = keeper.build(policy)
+        self.reference_keeper = keeper
         return reference
+
+    def _choose_reference(self, policy: PreTrainedModel) -> tuple[ReferenceKind, str]:
+        if self.options.reference != "auto":
+            return self.options.reference, "as asked"
+        if self.reads_images:
+            return "resident", "TRL's own, which reads images too"
+        choice = choose_kind(policy, self._run_settings(policy))
+        return choice.kind, choice.reason
+
+    def _run_settings(self, policy: PreTrainedModel) -> RunSettings:
+        """What the planner must know of this run; a prompt is taken to have its 512 tokens."""
+        args = self.args
+        half = policy.dtype != torch.float32
+        return RunSettings(
+            num_gpus=self.accelerator.num_processes,
+            dtype="bfloat16" if half else "mixed" if args.bf16 or args.fp16 else "float32",
+            optimizer="adamw_8bit" if "8bit" in str(args.optim) else "adamw",
+            sharding="fsdp" if self.shards_weights else "none",
+            gradient_checkpointing=bool(args.gradient_checkpointing),
+            micro_batch=args.per_device_train_batch_size,
+            num_generations=cast(int, args.num_generations),
+            generation_batch=args.per_device_train_batch_size
+            * cast(int, args.steps_per_generation),
+            completion_tokens=args.max_completion_length or 256,
+        )
+
+    def _reference_settings(self, kind: ReferenceKind) -> ReferenceSettings:
+        settings = ReferenceSettings.of(self.options, kind=kind)
+        if kind == "quantized" and settings.compensation != "none" and self.reads_images:
+            logger.warning(
+                "The reference is rounded to nearest, not calibrated: its prompts may hold images."
+            )
+            return dataclasses.replace(settings, compensation="none", distillation_steps=0)
+        return settings
+
+    def _sample_for_calibration(self, policy: PreTrainedModel) -> CalibrationData:
+        dataset = self.eval_dataset if self.train_dataset is None else self.train_dataset
+        if dataset is None:
+            raise ReferenceModelError(
+                "There is neither a `train_dataset` nor an `eval_dataset`, so there are no prompts "
+                "to calibrate and measure the reference on. Pass one, or set `reference: resident`."
+            )
+        args, settings = self.args, self._reference_settings("quantized")
+        sampler = CalibrationSampler(
+            tokenizer=cast(PreTrainedTokenizerBase, self.processing_class),
+            prompts=different_prompts(dataset),
+            num_tokens=settings.calibration_tokens,
+            max_new_tokens=min(args.max_completion_length or _LONG_GENERATION, _LONG_GENERATION),
+            seed=args.seed,
+            sampling={
+                "temperature": args.temperature,
+                "top_p": args.top_p,
+                "top_k": args.top_k,
+                "min_p": args.min_p,
+                "repetition_penalty": args.repetition_penalty,
+                "chat_template_kwargs": args.chat_template_kwargs,
+            },
+            progress=not args.disable_tqdm and self.is_local_process_zero(),
+        )
+        return sampler(policy)
 
 
 def _check_before_loading(arguments: dict[str, Any]) -> None:
@@ -226,7 +314,12 @@ def _check_before_loading(arguments: dict[str, Any]) -> None:
     problems = list(configuration_problems(args))
     peft = arguments.get("peft_config") is not None or hasattr(arguments["model"], "peft_config")
     options = ExtensionOptions.of(args)
-    if peft and options.reference != "auto" and args.beta != 0.0:
+    if not peft and options.reference == "adapter":
+        problems.append(
+            "`reference` is 'adapter', but the policy has none to switch off. Pass a "
+            "`peft_config`, or set `reference: auto`."
+        )
+    if peft and options.reference not in ("auto", "none", "adapter") and args.beta != 0.0:
         problems.append(
             f"`reference` is {options.reference!r}, but the policy is a PEFT model: "
             "with its adapter switched off it is its own exact reference, at no memory. "

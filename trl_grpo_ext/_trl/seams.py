@@ -14,10 +14,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from trl.trainer import grpo_trainer
 
-from trl_grpo_ext._trl.logprobs import LogprobSeams
+from trl_grpo_ext._trl.reference import ReferenceSeams
 from trl_grpo_ext.losses import LOSS_TYPE_REDUCTIONS, ImportanceLevel, LossReduction
 
 
@@ -48,23 +46,18 @@ class KLInputs:
     accumulation_steps: int
 
 
-class SeamedGRPOTrainer(LogprobSeams):
+class SeamedGRPOTrainer(ReferenceSeams):
     """``trl.GRPOTrainer`` with public hooks: completions, rewards, advantages, KL and reference."""
 
     _logs: dict[str, Any]
-    _tag_names = [*LogprobSeams._tag_names, "trl-grpo-ext"]  # noqa: RUF012 - as in TRL
+    _tag_names = [*ReferenceSeams._tag_names, "trl-grpo-ext"]  # noqa: RUF012 - as in TRL
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._rewards_per_func: Tensor | None = None
         self._num_non_finite: list[int] = []
-        with _reference_from(self):
-            super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs)
 
     # Hooks: what a subclass overrides -------------------------------------------------------------
-
-    def make_reference(self, policy: PreTrainedModel) -> nn.Module | None:
-        """Return the frozen reference for this policy, or ``None`` to have TRL load its own."""
-        return None
 
     def checked_reward(
         self, reward_func: Callable[..., Any], name: str, count_non_finite: Callable[[int], None]
@@ -87,15 +80,6 @@ class SeamedGRPOTrainer(LogprobSeams):
     def compute_kl(self, inputs: KLInputs) -> tuple[Tensor, Tensor]:
         """Return the KL penalty to add to the loss, and each token's KL in nats, ``(B, T)``."""
         raise NotImplementedError
-
-    # Reference ------------------------------------------------------------------------------------
-
-    def load_reference(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the reference model: the hook's, or TRL's own."""
-        reference = self.make_reference(self.model) if self.extended else None
-        return (
-            grpo_trainer.create_model_from_path(*args, **kwargs) if reference is None else reference
-        )
 
     # Rewards --------------------------------------------------------------------------------------
 
@@ -214,26 +198,3 @@ class SeamedGRPOTrainer(LogprobSeams):
         local = torch.stack([(values_BT * mask_BT).sum(), mask_BT.sum().to(values_BT)])
         total, count = self.accelerator.reduce(local, reduction="sum")
         return float(total / count.clamp(min=1.0))
-
-
-@contextmanager
-def _reference_from(trainer: SeamedGRPOTrainer) -> Iterator[None]:
-    """While TRL constructs ``trainer``, let the trainer provide the reference model.
-
-    TRL calls ``create_model_from_path`` for the policy before ``Trainer.__init__`` sets
-    ``self.model``, and for the reference after it: that tells the two apart.
-    """
-    load = grpo_trainer.create_model_from_path
-
-    @functools.wraps(load)
-    def load_policy_or_reference(*args: Any, **kwargs: Any) -> Any:
-        if "model" not in vars(trainer):
-            return load(*args, **kwargs)
-        grpo_trainer.create_model_from_path = load
-        return trainer.load_reference(*args, **kwargs)
-
-    grpo_trainer.create_model_from_path = load_policy_or_reference
-    try:
-        yield
-    finally:
-        grpo_trainer.create_model_from_path = load

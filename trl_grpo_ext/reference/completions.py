@@ -16,6 +16,8 @@ from torch import Tensor, nn
 class CompletionBatch:
     """Prompts, padded on the left, then completions, padded on the right, as in TRL.
 
+    Padding holds the token 0, which no token attends to.
+
     Attributes:
         input_ids_BW: Token ids.
         attention_mask_BW: 1 on tokens, 0 on padding.
@@ -62,7 +64,7 @@ def completion_batches(
     """Return batches of completions of like length.
 
     Args:
-        prompts: Token ids, one a completion.
+        prompts: Token ids, at least one each; one prompt a completion.
         completions: Token ids; empty ones are left out.
         max_tokens: Tokens of a batch at most, padding included; a longer row is a batch of its own.
         device: Of the batches.
@@ -91,21 +93,21 @@ Row = tuple[Sequence[int], Sequence[int]]
 def _chunks(rows: Sequence[Row], max_tokens: int) -> Iterator[list[Row]]:
     chunk: list[Row] = []
     for row in rows:
-        longer = [*chunk, row]
-        if (
-            chunk
-            and len(longer) * sum(max(map(len, part)) for part in zip(*longer, strict=True))
-            > max_tokens
-        ):
+        if chunk and (len(chunk) + 1) * sum(_widths([*chunk, row])) > max_tokens:
             yield chunk
-            longer = [row]
-        chunk = longer
+            chunk = []
+        chunk.append(row)
     if chunk:
         yield chunk
 
 
+def _widths(rows: Sequence[Row]) -> tuple[int, int]:
+    """Columns that these prompts and completions take."""
+    return max(len(prompt) for prompt, _ in rows), max(len(done) for _, done in rows)
+
+
 def _batch(rows: Sequence[Row], device: torch.device | str) -> CompletionBatch:
-    before, after = (max(map(len, part)) for part in zip(*rows, strict=True))
+    before, after = _widths(rows)
     ids_BW = torch.zeros(len(rows), before + after, dtype=torch.long)
     mask_BW = torch.zeros_like(ids_BW)
     for row, (prompt, completion) in enumerate(rows):

@@ -32,7 +32,8 @@ def distill(
     .. math:: \min_{A, B}\ E\, \mathrm{KL}(\pi \,\|\, \pi_{ref})
 
     over the completion tokens. Codes and scales stay as they are. Each step is one batch, forward
-    and backward through both models.
+    through both models and backward through the reference; in between, the dequantized weights of
+    all its layers are in memory.
 
     Args:
         reference: Calibrated with a rank above 0; changed in place.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from trl_grpo_ext.layerwise import LayerCall, call_each, decoder_layers, run_layerwise
 from trl_grpo_ext.losses import KLEstimator, importance_ratio, kl_estimate, masked_mean
 from trl_grpo_ext.reference.completions import CompletionBatch, completion_logits
-from trl_grpo_ext.reference.modes import differentiable
+from trl_grpo_ext.reference.modes import differentiable, evaluating
 
 _SEARCH_STEPS = 12  # evaluations of the KL, at most, to find the size of the step away
 _SEARCH_TOLERANCE = 0.1  # [share of the target]
@@ -53,13 +53,12 @@ class ReferenceFidelity:
 
     def metrics(self) -> dict[str, float]:
         """Return the values by the names that they are logged under."""
-        values = asdict(self)
         return {
-            "reference/kl_floor": values.pop("kl_k3"),
-            "reference/kl_floor_k1": values.pop("kl_k1"),
-            "reference/kl_floor_full": values.pop("kl_full"),
-            "reference/top_token_agreement": values.pop("top_token_agreement"),
-            "reference/gradient_cosine": values.pop("gradient_cosine"),
+            "reference/kl_floor": self.kl_k3,
+            "reference/kl_floor_k1": self.kl_k1,
+            "reference/kl_floor_full": self.kl_full,
+            "reference/top_token_agreement": self.top_token_agreement,
+            "reference/gradient_cosine": self.gradient_cosine,
         }
 
     def __str__(self) -> str:
@@ -125,7 +124,7 @@ def measure_fidelity(
         Values of all tokens together. The cosine is NaN if no step reaches ``kl_target``.
     """
     penalty = penalty or KLPenalty()
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(policy):
         exact, found, totals = _compare(policy, reference, batches, penalty)
     num_tokens = sum(batch.num_completion_tokens for batch in batches)
     k1, k3, full, same = (totals / max(num_tokens, 1)).tolist()
@@ -218,8 +217,7 @@ class _Neighbourhood:
             kl = self._mean_k3()
             if abs(kl / kl_target - 1) < _SEARCH_TOLERANCE:
                 return True
-            # The KL grows with the square of the step.
-            scale *= min(max(math.sqrt(kl_target / kl), 0.1), 10.0) if 0 < kl < math.inf else 0.1
+            scale *= _next_stride(kl / kl_target)
         return False
 
     @torch.no_grad()
@@ -251,9 +249,17 @@ class _Neighbourhood:
         return (logits_BT - logits_BTV.logsumexp(dim=-1)) * batch.mask_BT
 
 
-def _push(_: int, logprobs_BT: Tensor, batch: CompletionBatch) -> Tensor:
+def _next_stride(share: float) -> float:
+    """What to multiply a step with that led to this share of the KL, which grows as its square."""
+    if not math.isfinite(share):
+        return 0.1
+    return 1 / math.sqrt(min(max(share, 0.01), 100.0))  # 0 or less: a step too small to see
+
+
+def _push(index: int, logprobs_BT: Tensor, batch: CompletionBatch) -> Tensor:
     """A policy gradient: completions in turn get the advantages 1 and -1."""
-    signs_B = 1.0 - 2.0 * (torch.arange(len(logprobs_BT), device=logprobs_BT.device) % 2)
+    places_B = torch.arange(index, index + len(logprobs_BT), device=logprobs_BT.device)
+    signs_B = 1.0 - 2.0 * (places_B % 2)  # from the batch's index: a batch may be one completion
     return -masked_mean(logprobs_BT * signs_B[:, None], batch.mask_BT)
 
 
@@ -265,11 +271,15 @@ def _from_last_layer(policy: PreTrainedModel, batches: Sequence[CompletionBatch]
     """A forward pass for which the layers below the last one have run once and for all."""
     layers = list(decoder_layers(policy))
     kept: list[LayerCall] = []
+    below: list[Any] = []  # outputs of the layer before the last one: in the form that is expected
 
     def keep(index: int, layer: nn.Module, calls: Sequence[LayerCall]) -> list[Any]:
+        outputs = call_each(index, layer, calls)
         if layer is layers[-1]:
             kept.extend(calls)
-        return call_each(index, layer, calls)
+        else:
+            below[:] = outputs
+        return outputs
 
     with torch.no_grad():
         run_layerwise(
@@ -279,10 +289,10 @@ def _from_last_layer(policy: PreTrainedModel, batches: Sequence[CompletionBatch]
         )
 
     def forward(index: int, batch: CompletionBatch) -> Tensor:
-        def skip(_: int, layer: nn.Module, calls: Sequence[LayerCall]) -> list[Any]:
+        def skip(_: int, layer: nn.Module, __: Sequence[LayerCall]) -> list[Any]:
             if layer is layers[-1]:
                 return [layer(*kept[index].args, **kept[index].kwargs)]
-            return [call.args[0] for call in calls]
+            return [below[index]]
 
         return run_layerwise(layers, [lambda: completion_logits(policy, batch)], skip)[0]
 

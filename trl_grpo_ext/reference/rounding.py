@@ -94,7 +94,7 @@ def damped(covariance_II: Tensor, damping: float) -> Tensor:
 
     Inputs that never vary get a variance, so that it can be inverted.
     """
-    covariance_II = covariance_II.double()
-    variances_I = covariance_II.diagonal()
-    mean = variances_I.mean() if variances_I.any() else torch.ones((), device=variances_I.device)
-    return covariance_II + torch.diag(damping * mean.expand_as(variances_I))
+    covariance_II = covariance_II.to(torch.float64, copy=True)
+    variances_I = covariance_II.diagonal()  # a view
+    variances_I += damping * (float(variances_I.mean()) or 1.0)
+    return covariance_II

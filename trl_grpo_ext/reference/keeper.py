@@ -1,0 +1,231 @@
+"""The reference of a run: built once, kept beside the checkpoints, moved if the run asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from trl_grpo_ext.cpu_linear import use_onednn
+from trl_grpo_ext.errors import ReferenceModelError
+from trl_grpo_ext.reference.build import build_reference, summarize_reference
+from trl_grpo_ext.reference.calibration import (
+    Rank,
+    calibrate,
+    check_rank,
+    rank_up_to,
+    rank_within,
+)
+from trl_grpo_ext.reference.distillation import distill
+from trl_grpo_ext.reference.fidelity import KLPenalty, ReferenceFidelity, measure_fidelity
+from trl_grpo_ext.reference.layer_stream import named_tensors, streamed_layers
+from trl_grpo_ext.reference.options import DEFAULT_RANK, ReferenceSettings
+from trl_grpo_ext.reference.sampling import CalibrationData
+from trl_grpo_ext.reference.store import (
+    ReferenceStore,
+    fingerprint,
+    reference_key,
+    replace_weights,
+)
+from trl_grpo_ext.reference.streamed import build_streamed_reference, mix_streamed
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class ReferenceKeeper:
+    """Builds a run's reference, saves it beside the checkpoints, and finds it again on a resume.
+
+    Attributes:
+        settings: Of the reference.
+        sample: Draws completions of the policy, if there is something to calibrate.
+        penalty: That the fidelity is measured with.
+        store: Where references are saved; ``None`` if nothing of the run is.
+        onednn: Whether float32 layers on a CPU run in oneDNN.
+        progress: Whether bars are shown.
+        key: Of the reference in its store; empty without one.
+        fidelity: Of a quantized reference, measured when it was built.
+    """
+
+    settings: ReferenceSettings
+    sample: Callable[[PreTrainedModel], CalibrationData]
+    penalty: KLPenalty
+    store: ReferenceStore | None = None
+    onednn: bool = False
+    progress: bool = False
+    key: str = ""
+    fidelity: ReferenceFidelity | None = None
+
+    def build(self, policy: PreTrainedModel) -> PreTrainedModel:
+        """Return the reference of this policy: a saved one if it was built before.
+
+        Raises:
+            ReferenceModelError: it cannot be built.
+        """
+        if self.store is not None:
+            self.key = reference_key(fingerprint(policy), self.settings.identity)
+        reference = self._uncalibrated(policy)
+        if self.settings.kind == "quantized":
+            manifest = None if self.store is None else self.store.manifest(self.key)
+            if self.store is not None and manifest is not None:
+                self.store.restore(self.key, reference)
+                self.fidelity = ReferenceFidelity(**manifest["fidelity"])
+                logger.info(f"reference: loaded from {self.store.folder(self.key)}")
+            else:
+                self._calibrate(reference, policy)
+                self._save(reference)
+            self._tell_fidelity()
+        logger.info(f"reference: {self.settings.kind}, {summarize_reference(reference)}")
+        return reference
+
+    def _uncalibrated(self, policy: PreTrainedModel) -> PreTrainedModel:
+        settings = self.settings
+        if settings.kind == "streamed":
+            folder = self.store.folder(self.key) if self.store and settings.on_disk else None
+            reference = build_streamed_reference(policy, folder=folder)
+        else:
+            reference = build_reference(
+                policy,
+                kind="resident" if settings.kind == "resident" else "quantized",
+                quantization=settings.quantization,
+                block_size=settings.block_size,
+                double_quantization=settings.double_quantization,
+                embedding_quantization=settings.embedding_quantization,
+                keep_modules=settings.keep_modules,
+            )
+        if self.onednn:
+            for module in (reference, *(layer.host for layer in streamed_layers(reference))):
+                use_onednn(module)
+        return reference
+
+    def _calibrate(self, reference: PreTrainedModel, policy: PreTrainedModel) -> None:
+        settings = self.settings
+        check_rank(reference, settings.rank or 0)  # before anything is sampled
+        data = self.sample(policy)
+        if settings.compensation != "none":
+            calibrate(
+                reference,
+                policy,
+                data.calibration,
+                rank=self._rank(),
+                progress=self.progress,
+            )
+        if settings.distillation_steps:
+            distill(
+                reference,
+                policy,
+                data.calibration,
+                num_steps=settings.distillation_steps,
+                temperature=self.penalty.temperature,
+                progress=self.progress,
+            )
+        self.fidelity = measure_fidelity(
+            policy, reference, data.held_out, penalty=self.penalty, kl_target=settings.kl_target
+        )
+
+    def _rank(self) -> Rank:
+        settings = self.settings
+        if settings.compensation != "low_rank":
+            return 0
+        if settings.bits is not None:
+            return rank_within(settings.bits)
+        return rank_up_to(DEFAULT_RANK) if settings.rank is None else settings.rank
+
+    def _tell_fidelity(self) -> None:
+        if self.fidelity is None:
+            return
+        logger.info(f"reference: {self.fidelity}")
+        limit = self.settings.max_floor * self.settings.kl_target
+        if self.fidelity.kl_k3 > limit:
+            logger.warning(
+                f"The reference shows a KL of {self.fidelity.kl_k3:.2g} nats a token where the "
+                f"truth is 0, above {self.settings.max_floor:g} of the KL expected of the run "
+                f"(`reference_kl_target`={self.settings.kl_target:g}), so a part of the penalty "
+                "pulls towards rounding errors. Use `reference: streamed` or `resident` (exact), "
+                "`reference_quantization: int8`, a larger `reference_rank`, or "
+                "`reference_distillation_steps: 60`; or raise `reference_kl_target` if the run's "
+                "`kl` will be larger."
+            )
+
+    # Beside the checkpoints -----------------------------------------------------------------------
+
+    def note_in(self, checkpoint: Path, reference: PreTrainedModel) -> None:
+        """Note in a checkpoint which reference it goes with, and save that if it is not yet."""
+        if self.store is None:
+            return
+        if self.store.manifest(self.key) is None:
+            self._save(reference)
+        self.store.note(checkpoint, self.key)
+        self.store.prune(checkpoint.parent, keep=self.key)
+
+    def resume(self, checkpoint: Path, reference: PreTrainedModel) -> None:
+        """Make the reference that of the run that wrote a checkpoint, if it is another one.
+
+        Raises:
+            ReferenceModelError: the saved one is gone, or was made with other settings.
+        """
+        noted = None if self.store is None else self.store.noted(checkpoint)
+        if self.store is None or noted is None or noted == self.key:
+            return
+        manifest = self.store.manifest(noted)
+        if manifest is not None and manifest["settings"] != self._manifest()["settings"]:
+            then, now = manifest["settings"], self._manifest()["settings"]
+            changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
+            raise ReferenceModelError(
+                f"{checkpoint} was written by a run with another reference ("
+                + ", ".join(f"{k}: {then.get(k)!r}, here {now.get(k)!r}" for k in changed)
+                + "), so its KL would jump. Set the `reference` options to what they were, or "
+                "start anew from the checkpoint's weights."
+            )
+        self.store.restore(noted, reference)
+        self.key = noted
+        if manifest is not None and manifest["fidelity"] is not None:
+            self.fidelity = ReferenceFidelity(**manifest["fidelity"])
+        logger.info(f"reference: of the run's start, loaded from {self.store.folder(noted)}")
+
+    def _save(self, reference: PreTrainedModel) -> None:
+        if self.store is not None:
+            self.store.save(self.key, reference, self._manifest())
+
+    def _manifest(self) -> dict[str, Any]:
+        settings = {
+            name: list(value) if isinstance(value, tuple) else value  # as JSON reads it back
+            for name, value in self.settings.identity.items()
+        }
+        fidelity = None if self.fidelity is None else asdict(self.fidelity)
+        return {"settings": settings, "fidelity": fidelity}
+
+    # Moved by `sync_ref_model` --------------------------------------------------------------------
+
+    def sync(
+        self, reference: PreTrainedModel, policy: PreTrainedModel, *, alpha: float, step: int
+    ) -> None:
+        """Move the reference towards the policy; a quantized one is built anew.
+
+        Args:
+            reference: Changed in place.
+            policy: As it is now, not wrapped.
+            alpha: 1 makes the reference the policy of this moment.
+            step: Of the run.
+        """
+        if self.settings.kind == "quantized":
+            replace_weights(reference, dict(named_tensors(self.build(policy))))
+            return
+        if self.settings.kind == "streamed":
+            mix_streamed(reference, policy, alpha=alpha)
+        else:
+            _mix(reference, policy, alpha)
+        if self.store is not None:
+            self.key = f"{self.key.partition('-')[0]}-step-{step}"
+
+
+@torch.no_grad()
+def _mix(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
+    for target, live in zip(reference.parameters(), policy.parameters(), strict=True):
+        target.mul_(1.0 - alpha).add_(live.to(target.device), alpha=alpha)

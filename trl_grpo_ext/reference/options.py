@@ -1,0 +1,256 @@
+"""The options of the reference, and what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from trl_grpo_ext.reference.build import EmbeddingQuantization
+from trl_grpo_ext.reference.quantized import QuantizationType
+
+ReferenceKind = Literal["auto", "none", "adapter", "resident", "streamed", "quantized"]
+Compensation = Literal["none", "rounding", "low_rank"]
+
+BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+DEFAULT_RANK = 32
+DEFAULT_CALIBRATION_TOKENS = 16384
+
+
+@dataclass
+class ReferenceOptions:
+    """Options of the reference; ``None`` until set, so that one set in vain is noticed."""
+
+    reference: ReferenceKind = field(
+        default="auto",
+        metadata={
+            "help": "The frozen reference: 'none' (beta 0), 'adapter' (PEFT: the adapter switched "
+            "off), 'resident' (a full copy of the live policy), 'streamed' (an exact copy in host "
+            "memory, of which two layers are on the GPU), 'quantized' (4 or 8 bits, calibrated "
+            "against the live policy), or 'auto' (the first exact one that fits, else quantized; "
+            "the log says which and why)."
+        },
+    )
+    reference_quantization: QuantizationType | None = field(
+        default=None,
+        metadata={
+            "help": "Data type of the quantized reference: 'nf4' (default), 'fp4' or 'int8'."
+        },
+    )
+    reference_block_size: int | None = field(
+        default=None,
+        metadata={"help": "Weights that share a scale in the quantized reference; 64 by default."},
+    )
+    reference_double_quantization: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the scales are quantized too "
+            "(0.4 bits a weight less); true by default."
+        },
+    )
+    reference_embedding_quantization: EmbeddingQuantization | None = field(
+        default=None,
+        metadata={
+            "help": "'int8' stores the embeddings and the LM head of the quantized reference in "
+            "8.25 bits a weight; by default they keep the policy's precision."
+        },
+    )
+    reference_keep_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of modules that the quantized reference keeps in full precision, with "
+            "all that is in them, such as 'down_proj' or 'self_attn'."
+        },
+    )
+    reference_compensation: Compensation | None = field(
+        default=None,
+        metadata={
+            "help": "What makes up for the rounding of the quantized reference: 'none' (rounding "
+            "to nearest), 'rounding' (errors of a weight are made up for in the next ones; takes "
+            "no memory), or 'low_rank' (that, and low-rank factors in 16 bits beside each weight; "
+            "the default for 4 bits, 'rounding' for 8)."
+        },
+    )
+    reference_rank: int | None = field(
+        default=None,
+        metadata={"help": f"Rank of the low-rank factors; {DEFAULT_RANK} by default."},
+    )
+    reference_bits: float | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of the rank: bits that a quantized weight may take with its scales "
+            "and factors, such as 4.6."
+        },
+    )
+    reference_calibration_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of training prompts, completed by the policy, that the quantized "
+            f"reference is calibrated on; {DEFAULT_CALIBRATION_TOKENS} by default."
+        },
+    )
+    reference_distillation_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps of training the low-rank factors against the policy before the run "
+            "starts; 0 by default. Takes the memory of a backward pass."
+        },
+    )
+    reference_on_disk: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the streamed reference is read from files beside the checkpoints "
+            "instead of host memory; false by default."
+        },
+    )
+    reference_kl_target: float | None = field(
+        default=None,
+        metadata={
+            "help": "KL to the reference that you expect of a healthy run, nats a token; 0.01 by "
+            "default. The fidelity of a quantized reference is measured there."
+        },
+    )
+    reference_max_floor: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of reference_kl_target that the KL floor of a quantized reference may "
+            "reach before a warning says what to change; 0.5 by default."
+        },
+    )
+
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """What the options stand for: no value is missing."""
+
+    kind: ReferenceKind = "quantized"
+    quantization: QuantizationType = "nf4"
+    block_size: int = 64
+    double_quantization: bool = True
+    embedding_quantization: EmbeddingQuantization | None = None
+    keep_modules: tuple[str, ...] = ()
+    compensation: Compensation = "low_rank"
+    rank: int | None = None
+    bits: float | None = None
+    calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS
+    distillation_steps: int = 0
+    on_disk: bool = False
+    kl_target: float = 0.01
+    max_floor: float = 0.5
+
+    @classmethod
+    def of(cls, options: ReferenceOptions, *, kind: ReferenceKind) -> ReferenceSettings:
+        """Return what the options stand for, for this kind of reference."""
+        prefix = "reference_"
+        given = {
+            name.removeprefix(prefix): value
+            for name in ReferenceOptions.__dataclass_fields__
+            if name.startswith(prefix) and (value := getattr(options, name)) is not None
+        }
+        if "keep_modules" in given:
+            given["keep_modules"] = tuple(given["keep_modules"])
+        if given.get("quantization") == "int8":
+            given.setdefault("compensation", "rounding")
+        return cls(kind=kind, **given)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the weights of a reference depend on, besides the policy."""
+        if self.kind != "quantized":
+            return {"kind": self.kind}
+        values = asdict(self)
+        for name in ("on_disk", "kl_target", "max_floor"):
+            del values[name]
+        return values
+
+
+def reference_problems(
+    options: ReferenceOptions, *, beta: float, mixes: bool, mixup_alpha: float, zero_stage: int
+) -> Iterator[str]:
+    """Yield what cannot work in the options of the reference.
+
+    Args:
+        options: Of known values.
+        beta: Weight of the KL penalty.
+        mixes: Whether ``sync_ref_model`` is on.
+        mixup_alpha: How far it moves the reference towards the policy.
+        zero_stage: Of DeepSpeed; 0 without.
+    """
+    kind = options.reference
+    keep: object = options.reference_keep_modules
+    if isinstance(keep, str):  # from a YAML, which is not held to the annotation
+        yield f"`reference_keep_modules` is {keep!r}, which is not a list. Write [{keep}]."
+    if kind == "none" and beta != 0.0:
+        yield (
+            f"`reference` is 'none', but `beta` is {beta}, so there is a KL penalty that needs "
+            "one. Set `beta: 0`, or another `reference`."
+        )
+    if kind == "quantized" and mixes and mixup_alpha != 1.0:
+        yield (
+            f"`sync_ref_model` is true with `ref_model_mixup_alpha`={mixup_alpha}, but 4-bit "
+            "weights cannot be moved a part of the way towards the policy. Set "
+            "`ref_model_mixup_alpha: 1.0` (the reference is then built anew), or "
+            "`reference: streamed` or `resident`."
+        )
+    if kind in ("resident", "streamed", "quantized") and zero_stage == 3:
+        yield (
+            f"`reference` is {kind!r}, but under DeepSpeed ZeRO-3 no process holds "
+            "the weights to build it from. Set `reference: auto`, or use FSDP2 or ZeRO-2."
+        )
+    yield from _number_problems(options)
+    if options.reference_block_size in (None, *BLOCK_SIZES):
+        yield from _compensation_problems(options)
+
+
+def _number_problems(options: ReferenceOptions) -> Iterator[str]:
+    for name, least, unit in (
+        ("reference_rank", 1, "directions"),
+        ("reference_calibration_tokens", 1, "tokens"),
+        ("reference_distillation_steps", 0, "steps"),
+        ("reference_kl_target", 1e-9, "nats a token (0.001 to 0.1)"),
+        ("reference_max_floor", 1e-9, "a share above 0 (0.5)"),
+    ):
+        value = getattr(options, name)
+        if value is not None and not value >= least:
+            yield f"`{name}` is {value}; use at least {least:g} {unit}, or leave it out."
+
+
+def _compensation_problems(options: ReferenceOptions) -> Iterator[str]:
+    settings = ReferenceSettings.of(options, kind="quantized")
+    low_rank = settings.compensation == "low_rank"
+    for name in ("reference_rank", "reference_bits", "reference_distillation_steps"):
+        if getattr(options, name) and not low_rank:
+            yield (
+                f"`{name}` is set, but `reference_compensation` is {settings.compensation!r}, "
+                "which has no low-rank factors. Set `reference_compensation: low_rank`, or remove "
+                f"`{name}`."
+            )
+    if options.reference_rank is not None and options.reference_bits is not None:
+        yield (
+            "`reference_rank` and `reference_bits` are both set, and each says how large the "
+            "low-rank factors are. Keep one of them."
+        )
+    least = code_bits(settings)
+    if options.reference_bits is not None and options.reference_bits <= least:
+        yield (
+            f"`reference_bits` is {options.reference_bits}, but {settings.quantization} in blocks "
+            f"of {settings.block_size} takes {least:.3f} bits a weight alone. Use more, or "
+            "`reference_compensation: rounding`."
+        )
+    if options.reference_calibration_tokens is not None and settings.compensation == "none":
+        yield (
+            "`reference_calibration_tokens` is set, but `reference_compensation` is 'none', which "
+            "calibrates nothing. Remove one of them."
+        )
+
+
+def code_bits(settings: ReferenceSettings) -> float:
+    """Return the bits that a weight takes with its scale, without low-rank factors.
+
+    Example:
+        >>> code_bits(ReferenceSettings())
+        4.126953125
+    """
+    code = 8 if settings.quantization == "int8" else 4
+    scale = 8 + 32 / 256 if settings.double_quantization else 32
+    return code + scale / settings.block_size
