@@ -118,7 +118,9 @@ def plan(
     reference_double_quantization: Annotated[
         bool, typer.Option(help="Store scales in 8 bits.")
     ] = True,
-    reference_rank: Annotated[int, typer.Option(help="Of factors beside each matrix.")] = 0,
+    reference_rank: Annotated[
+        int, typer.Option(help="Of the low-rank factors beside each matrix; 0 for none.")
+    ] = 32,
     reference_embedding_bits: Annotated[
         int, typer.Option(help="8, or 16 for those of the policy.")
     ] = 16,

@@ -29,6 +29,7 @@ from trl_grpo_ext.evaluation import Accuracy
 from trl_grpo_ext.memory import MemoryEstimate, available_memory_bytes, estimate_memory
 from trl_grpo_ext.memory import ReferenceKind as MemoryReference
 from trl_grpo_ext.model_cache import load_model_config, model_problems
+from trl_grpo_ext.reference.options import ReferenceSettings
 from trl_grpo_ext.report import Example
 
 EXIT_INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
@@ -185,8 +186,9 @@ def estimate_run_memory(recipe: Recipe, task: Task) -> MemoryEstimate:
         trust_remote_code=training.trust_remote_code,
     )
     reference: MemoryReference = "none"
-    if training.beta and not recipe.model.use_peft:
-        reference = "quantized" if training.reference == "quantized" else "resident"
+    if training.beta:
+        chosen = "adapter" if recipe.model.use_peft else training.reference
+        reference = "resident" if chosen == "auto" else chosen
     return estimate_memory(
         config,
         micro_batch_size=training.per_device_train_batch_size,
@@ -197,6 +199,7 @@ def estimate_run_memory(recipe: Recipe, task: Task) -> MemoryEstimate:
         compute_dtype_bytes=2 if training.bf16 or training.fp16 else None,
         gradient_checkpointing=training.gradient_checkpointing,
         reference=reference,
+        storage=ReferenceSettings.of(training, kind="quantized").storage,
     )
 
 

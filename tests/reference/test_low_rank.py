@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -126,7 +128,7 @@ def test_more_rank_never_loses_more() -> None:
         loss(error, product_of(error, covariance, rank), damped(covariance))
         for rank in range(1, 21)
     ]
-    assert all(after < before for before, after in zip(lost, lost[1:], strict=False))
+    assert all(after < before for before, after in pairwise(lost))
 
 
 def test_inputs_that_never_vary_give_the_factors_of_the_error_alone() -> None:

@@ -1,4 +1,4 @@
-"""Error-feedback rounding: by hand, against the plain algorithm, and against rounding to nearest."""
+"""Error-feedback rounding: by hand, against the plain algorithm, against rounding to nearest."""
 
 from __future__ import annotations
 

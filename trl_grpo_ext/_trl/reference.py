@@ -84,6 +84,15 @@ class ReferenceSeams(LogprobSeams):
                 self.reference_keeper.resume(Path(checkpoint), self.bare_reference)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's model card, with how faithful the reference was."""
+        super().create_model_card(*args, **kwargs)
+        fidelity = None if self.reference_keeper is None else self.reference_keeper.fidelity
+        card = Path(str(self.args.output_dir)) / "README.md"
+        if fidelity is not None and self.is_world_process_zero():
+            text = card.read_text(encoding="utf-8").rstrip()
+            card.write_text(f"{text}\n\n## Reference\n\n{fidelity.sentence()}\n", encoding="utf-8")
+
     def _shared_prefix_logprobs(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *args: Any, **kw: Any
     ) -> Any:

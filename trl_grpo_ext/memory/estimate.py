@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 from trl_grpo_ext.memory.activations import activation_bytes
-from trl_grpo_ext.memory.reference import ReferenceKind, reference_bytes
+from trl_grpo_ext.memory.reference import ReferenceFormat, ReferenceKind, reference_bytes
 from trl_grpo_ext.memory.settings import RunSettings
 from trl_grpo_ext.memory.shape import ModelShape, model_shape
 
@@ -88,6 +88,7 @@ def estimate_memory(
     compute_dtype_bytes: int | None = None,
     gradient_checkpointing: bool = True,
     reference: ReferenceKind = "none",
+    storage: ReferenceFormat | None = None,
 ) -> MemoryEstimate:
     """Return an estimate of the memory that GRPO with AdamW needs on one device.
 
@@ -106,7 +107,8 @@ def estimate_memory(
             None. 2 for float32 weights under ``bf16: true``.
         gradient_checkpointing: Whether only the inputs of the layers are kept for the backward
             pass.
-        reference: ``"resident"`` is a copy in the policy's dtype, ``"quantized"`` one in NF4.
+        reference: ``"resident"`` is a copy in the policy's dtype, ``"quantized"`` one in ``storage``.
+        storage: Of a quantized reference; NF4 without low-rank factors if not given.
 
     Returns:
         The parts in bytes. Weights, gradients, moments and reference are exact up to small
@@ -122,6 +124,7 @@ def estimate_memory(
         completion_tokens=num_completion_tokens,
         gradient_checkpointing=gradient_checkpointing,
         reference=reference,
+        storage=storage or ReferenceFormat(),
     )
     return estimate_run(model_shape(config), settings)
 

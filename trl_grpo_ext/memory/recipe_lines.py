@@ -74,6 +74,9 @@ def _reference_options(settings: RunSettings) -> dict[str, Any]:
         options["reference_block_size"] = storage.block_size
     if not storage.double_quantization:
         options["reference_double_quantization"] = False
+    compensation = "low_rank" if storage.rank else "rounding"
+    if compensation != ("rounding" if storage.quantization == "int8" else "low_rank"):
+        options["reference_compensation"] = compensation
     if storage.rank:
         options["reference_rank"] = storage.rank
     if storage.embedding_bits:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from trl_grpo_ext.memory import ReferenceFormat
 from trl_grpo_ext.reference.build import EmbeddingQuantization
 from trl_grpo_ext.reference.quantized import QuantizationType
 
@@ -152,6 +153,23 @@ class ReferenceSettings:
         if given.get("quantization") == "int8":
             given.setdefault("compensation", "rounding")
         return cls(kind=kind, **given)
+
+    @property
+    def storage(self) -> ReferenceFormat:
+        """What the planner must know of a quantized reference; a budget counts as the usual rank.
+
+        Example:
+            >>> ReferenceSettings().storage.rank
+            32
+        """
+        low_rank = self.compensation == "low_rank"
+        return ReferenceFormat(
+            quantization=self.quantization,
+            block_size=self.block_size,
+            double_quantization=self.double_quantization,
+            rank=(DEFAULT_RANK if self.rank is None else self.rank) if low_rank else 0,
+            embedding_bits=None if self.embedding_quantization is None else 8,
+        )
 
     @property
     def identity(self) -> dict[str, Any]:

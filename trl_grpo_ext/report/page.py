@@ -28,6 +28,14 @@ FILES = {
     "training_args.bin": "all training arguments",
 }
 
+FIDELITY = {
+    "reference/kl_floor": "KL floor, k3 (nats a token)",
+    "reference/kl_floor_k1": "KL floor, k1 (nats a token)",
+    "reference/kl_floor_full": "KL floor over the whole vocabulary (nats a token)",
+    "reference/top_token_agreement": "share of tokens with the same likeliest one",
+    "reference/gradient_cosine": "cosine between the gradients of the KL penalty",
+}
+
 
 @dataclass(frozen=True)
 class Example:
@@ -63,6 +71,7 @@ def render_page(
         headline(summary, settings=settings),
         _summary_section(summary),
         _rewards_section(history),
+        _reference_section(history),
         *(_plot_section(plot, drawn=drawn, settings=settings) for plot in PLOTS),
         _examples_section(examples),
         _loading_section(folder),
@@ -100,6 +109,21 @@ def _rewards_section(history: History) -> str:
     rows = [(title, *_ends(history, metric, window=window)) for metric, title in logged.items()]
     note = "`reward` is what the trainer aggregated; each function is shown before its weight."
     return section("Rewards", f"{note}\n\n{table(('reward', *ends, 'change'), rows)}")
+
+
+def _reference_section(history: History) -> str:
+    rows = [
+        (what, history.logged(metric)[0])
+        for metric, what in FIDELITY.items()
+        if history.has(metric)
+    ]
+    if not rows:
+        return ""
+    note = (
+        "Measured on held-out prompts before training, while the policy was the model that the "
+        "quantized reference stands for: the true KL is 0, the true agreement and cosine are 1."
+    )
+    return section("Fidelity of the reference", f"{note}\n\n{table(('', 'value'), rows)}")
 
 
 def _ends(history: History, metric: str, *, window: int) -> tuple[float, float, float]:

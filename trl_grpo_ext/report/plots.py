@@ -134,6 +134,8 @@ def _draw_kl(axes: Axes, history: History) -> None:
     steps, (kl,) = history.columns("kl")
     axes.axhline(0, color=GREY, lw=1)
     _line(axes, steps, kl, label="KL")
+    for floor in history.logged("reference/kl_floor")[:1]:
+        axes.axhline(floor, color=VERMILION, lw=1.6, ls="--", label="floor of the reference")
 
 
 def _draw_length(axes: Axes, history: History) -> None:
