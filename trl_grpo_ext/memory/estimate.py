@@ -107,8 +107,8 @@ def estimate_memory(
             None. 2 for float32 weights under ``bf16: true``.
         gradient_checkpointing: Whether only the inputs of the layers are kept for the backward
             pass.
-        reference: ``"resident"`` is a copy in the policy's dtype, ``"quantized"`` one in ``storage``.
-        storage: Of a quantized reference; NF4 without low-rank factors if not given.
+        reference: ``"resident"`` is a copy in the policy's dtype.
+        storage: Of a ``"quantized"`` reference; NF4 without low-rank factors if not given.
 
     Returns:
         The parts in bytes. Weights, gradients, moments and reference are exact up to small
