@@ -214,25 +214,19 @@ class Yardstick:
 
     def measure(self, reference: PreTrainedModel) -> dict[str, float]:
         """Return floors, agreement and gradient cosine of a reference."""
-        totals = torch.zeros(4, dtype=torch.float64)
-        found = []
-        for batch in self.batches:
+        totals, found = torch.zeros(4, dtype=torch.float64), []
+        for batch, exact_BTV in zip(self.batches, self.exact_all, strict=True):
             with torch.no_grad():
-                exact_BTV, found_BTV = (
-                    all_logprobs(self.policy, batch),
-                    all_logprobs(reference, batch),
-                )
+                found_BTV = all_logprobs(reference, batch)
             exact_BT, found_BT = of_labels(exact_BTV, batch), of_labels(found_BTV, batch)
-            found.append(found_BT)
             per_token = (
                 kl_estimate(exact_BT, found_BT, estimator="k1"),
                 kl_estimate(exact_BT, found_BT, estimator="k3"),
                 (exact_BTV.exp() * (exact_BTV - found_BTV)).sum(-1),
                 exact_BTV.argmax(-1) == found_BTV.argmax(-1),
             )
-            totals += torch.stack(
-                [(x_BT * batch.mask_BT).sum().double().cpu() for x_BT in per_token]
-            )
+            found.append(found_BT)
+            totals += torch.stack([(x * batch.mask_BT).sum().double().cpu() for x in per_token])
         names = ("kl_k1", "kl_k3", "kl_full", "top_token_agreement")
         means = dict(zip(names, (totals / self.num_tokens).tolist(), strict=True))
         return {**means, "gradient_cosine": cosine(self.exact_pull, self.pull(found))}
@@ -246,9 +240,15 @@ class Yardstick:
         )
 
     @cached_property
+    def exact_all(self) -> list[Tensor]:
+        """Log-probabilities of the policy, shape ``(B, T, V)`` each."""
+        with torch.no_grad():
+            return [all_logprobs(self.policy, batch) for batch in self.batches]
+
+    @cached_property
     def exact(self) -> list[Tensor]:
-        """Log-probabilities of the policy, shape ``(B, T)`` each."""
-        return self.logprobs(self.policy)
+        """Those of the completion tokens, shape ``(B, T)`` each."""
+        return list(map(of_labels, self.exact_all, self.batches))
 
     @cached_property
     def exact_pull(self) -> list[Tensor]:
@@ -267,27 +267,25 @@ class Yardstick:
             with torch.no_grad():
                 for p, origin, d in zip(drifted.parameters(), start, direction, strict=True):
                     p.copy_(origin - scale * d)
-            kl = self.mean_k3(self.logprobs(drifted))
+            kl = self.mean_k3(drifted)
             # It grows with the square of the step.
             scale *= min(max(math.sqrt(KL_TARGET / max(kl, 1e-12)), 0.1), 10.0)
         return drifted
 
     def push(self, index: int, logprobs_BT: Tensor) -> Tensor:
         """Return a policy-gradient loss: completions in turn get the advantages 1 and -1."""
-        signs_B = 1.0 - 2.0 * (torch.arange(len(logprobs_BT), device=logprobs_BT.device) % 2)
+        places_B = index + torch.arange(len(logprobs_BT), device=logprobs_BT.device)
+        signs_B = 1.0 - 2.0 * (places_B % 2)
         return -masked_mean(logprobs_BT * signs_B[:, None], self.batches[index].mask_BT)
 
     @torch.no_grad()
-    def logprobs(self, model: PreTrainedModel) -> list[Tensor]:
-        """Return log-probabilities of the completion tokens, shape ``(B, T)`` each."""
-        return [of_labels(all_logprobs(model, batch), batch) for batch in self.batches]
-
-    def mean_k3(self, logprobs: Sequence[Tensor]) -> float:
-        """Return the mean k3 of log-probabilities to those of the policy."""
-        pairs = zip(logprobs, self.exact, strict=True)
-        return (
-            float(sum(kl_estimate(a, b, estimator="k3").sum() for a, b in pairs)) / self.num_tokens
-        )
+    def mean_k3(self, model: PreTrainedModel) -> float:
+        """Return the mean k3 of a model to the policy, nats a token."""
+        total = 0.0
+        for batch, exact_BT in zip(self.batches, self.exact, strict=True):
+            logprobs_BT = of_labels(all_logprobs(model, batch), batch)
+            total += float(kl_estimate(logprobs_BT, exact_BT, estimator="k3").sum())
+        return total / self.num_tokens
 
     def gradient(
         self, model: PreTrainedModel, loss: Callable[[int, Tensor], Tensor]

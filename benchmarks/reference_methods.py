@@ -142,7 +142,8 @@ def hadamard(size: int, *, seed: int) -> Tensor:
     matrix = torch.ones(1, 1)
     while len(matrix) < power:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    rest = torch.linalg.qr(torch.randn(size // power, size // power, generator=generator)).Q.contiguous()
+    shape = (size // power, size // power)
+    rest = torch.linalg.qr(torch.randn(shape, generator=generator)).Q.contiguous()
     signs = torch.randint(2, (size, 1), generator=generator) * 2.0 - 1
     return signs * torch.kron(rest, matrix / power**0.5)
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from trl_grpo_ext.report.plots import BLACK, BLUE, GREY, PLOT_STYLE, VERMILION
 
-# The package's arms from few bits to many, with their labels; then those beside the line.
+# The package's arms from few bits to many, with their labels; then its others.
 LINE = {
     "nf4_rounded": "rounded",
     "nf4_rank8": "rank 8",
@@ -22,52 +22,48 @@ LINE = {
     "nf4_rank64": "rank 64",
     "int8": "int8",
 }
-BESIDE = {"nf4": "plain NF4", "fp4": "plain FP4", "nf4_rank32_distilled": "distilled"}
+PLAIN = {"nf4": "plain NF4", "fp4": "plain FP4"}
+DISTILLED = {"nf4_rank32_distilled": "distilled"}
 NOT_DRAWN = ("resident", "streamed", "nf4_rank32_embeddings8", "int8_rounded")
-LABEL_GAP = 1.15  # least ratio of the heights of two labels
+LABEL_GAP = 1.33  # least ratio of the heights of two labels
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
     """Draw the floor of each arm against the bits of a weight."""
-    kinds = result["kinds"]
+    kinds = {name: kind for name, kind in result["kinds"].items() if name not in NOT_DRAWN}
+    bits = [kind["bits_per_weight"] for kind in kinds.values()]
+    floors = [kind["kl_k3"] for kind in kinds.values()]
     path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(PLOT_STYLE):
-        figure = Figure(figsize=(9, 5.6), layout="constrained")
+        figure = Figure(figsize=(9, 6), layout="constrained")
         axes = figure.subplots()
         axes.set_yscale("log")
-        widths = [kind["bits_per_weight"] for name, kind in kinds.items() if name not in NOT_DRAWN]
-        axes.set_xlim(min(widths) - 0.4, max(widths) + 0.9)
+        axes.set_xlim(min(bits) - 0.55, max(bits) + 0.9)
+        axes.set_ylim(min(floors) / 3, max(floors) * 1.6)
         axes.set_xlabel("bits a weight of the quantized layers, scales and factors included")
         axes.set_ylabel("KL floor (k3), nats a token")
         axes.set_title("What a bit buys", loc="left")
         draw_line(axes, kinds, default=result["default"])
-        draw_beside(axes, kinds)
-        draw_methods(axes, {k: v for k, v in kinds.items() if is_method(k)})
-        if "streamed" in kinds:
-            draw_exact(axes)
+        draw_plain(axes, kinds)
+        draw_others(axes, kinds)
+        if "streamed" in result["kinds"]:
+            draw_streamed(axes)
         figure.savefig(path, dpi=120)
-
-
-def is_method(name: str) -> bool:
-    """Say whether an arm is none of the package's."""
-    return name not in LINE and name not in BESIDE and name not in NOT_DRAWN
 
 
 def draw_line(axes: Axes, kinds: Mapping[str, Any], *, default: str) -> None:
     """Draw the package's arms, the default one larger."""
     names = [name for name in LINE if name in kinds]
     points = [position(kinds[name]) for name in names]
-    if not points:
-        return
-    axes.plot(*zip(*points, strict=True), "-o", color=BLUE, linewidth=2, markersize=7)
+    axes.plot([x for x, _ in points], [y for _, y in points], "-o", color=BLUE, linewidth=2)
     for name, point in zip(names, points, strict=True):
         is_default = name == default
         if is_default:
-            axes.plot(*point, "o", color=BLUE, markersize=13)
+            axes.plot(*point, "o", color=BLUE, markersize=12)
         axes.annotate(
             LINE[name] + (" (default)" if is_default else ""),
             point,
-            xytext=(-8, -10),
+            xytext=(-6, -8),
             textcoords="offset points",
             ha="right",
             va="top",
@@ -76,35 +72,46 @@ def draw_line(axes: Axes, kinds: Mapping[str, Any], *, default: str) -> None:
         )
 
 
-def draw_beside(axes: Axes, kinds: Mapping[str, Any]) -> None:
-    """Draw the package's arms that the line leaves out."""
-    for name, label in BESIDE.items():
+def draw_plain(axes: Axes, kinds: Mapping[str, Any]) -> None:
+    """Draw the package's arms that are not calibrated."""
+    for name, label in PLAIN.items():
         if name in kinds:
             point = position(kinds[name])
-            axes.plot(*point, "s", color=BLACK, markersize=6)
+            axes.plot(*point, "s", color=BLACK)
             axes.annotate(label, point, xytext=(9, 0), textcoords="offset points", va="center")
 
 
-def draw_methods(axes: Axes, kinds: Mapping[str, Any]) -> None:
-    """Draw what is not in the package: hollow points, each with a label on its right."""
-    names = sorted(kinds, key=lambda name: kinds[name]["kl_k3"])
-    for name, height in zip(names, spread([kinds[name]["kl_k3"] for name in names]), strict=True):
+def draw_others(axes: Axes, kinds: Mapping[str, Any]) -> None:
+    """Draw what is beside the line, labels on the right; hollow if it is not in the package."""
+    names = [name for name in kinds if name not in {*LINE, *PLAIN}]
+    names.sort(key=lambda name: kinds[name]["kl_k3"])
+    heights = spread([kinds[name]["kl_k3"] for name in names])
+    for name, height in zip(names, heights, strict=True):
         x, y = position(kinds[name])
-        axes.plot(x, y, "o", markerfacecolor="none", color=VERMILION, markersize=7)
-        axes.plot([x + 0.06, x + 0.22], [y, height], color=GREY, linewidth=0.8)
-        axes.text(x + 0.25, height, name, color=VERMILION, va="center", fontsize=10)
+        colour, fill = (BLUE, BLUE) if name in DISTILLED else (VERMILION, "white")
+        axes.plot([x + 0.07, x + 0.4], [y, height], color=GREY, linewidth=0.8)
+        axes.plot(x, y, "o", color=colour, markerfacecolor=fill)
+        axes.text(
+            x + 0.43,
+            height,
+            DISTILLED.get(name, name),
+            color=colour,
+            va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
 
 
-def draw_exact(axes: Axes) -> None:
+def draw_streamed(axes: Axes) -> None:
     """Name the streamed reference at the bottom, which a logarithm does not reach."""
     axes.annotate(
-        "streamed: floor 0, two layers on the device",
-        (9.0, 0),
-        xytext=(0.985, 0.03),
+        "streamed: 0, exact, two layers on the device at a time",
+        (0.985, 0.0),
+        xytext=(0.985, 0.055),
         xycoords="axes fraction",
         textcoords="axes fraction",
         ha="right",
         color=BLUE,
+        arrowprops={"arrowstyle": "->", "color": BLUE, "relpos": (1, 0)},
     )
 
 

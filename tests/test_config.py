@@ -96,6 +96,29 @@ def test_config_refuses_a_group_of_one(size: int) -> None:
         ({"kl_estimator": "k1", "use_bias_correction_kl": False}, "expected gradient of 0"),
         ({"kl_estimator": "k2"}, "Set `use_bias_correction_kl: false`."),
         ({"reference": "quantized"}, "no KL penalty and no reference, but `reference` is set"),
+        ({"reference": "adapter"}, "no KL penalty and no reference, but `reference` is set"),
+        ({"beta": 0.1, "reference": "none"}, "so there is a KL penalty that needs one"),
+        ({"reference": "none", "kl_clamp": 1.0}, "but `kl_clamp` is set"),
+        (
+            {"beta": 0.1, "reference": "quantized", "reference_compensation": "lowrank"},
+            "Use one of: none, rounding, low_rank.",
+        ),
+        (
+            {"beta": 0.1, "reference": "quantized", "reference_embedding_quantization": "nf4"},
+            "Use one of: int8.",
+        ),
+        (
+            {"beta": 0.1, "reference": "quantized", "reference_on_disk": True},
+            "`reference` is 'quantized', but `reference_on_disk` is set. Set `reference: streamed`",
+        ),
+        (
+            {"beta": 0.1, "reference": "streamed", "reference_rank": 8},
+            "`reference` is 'streamed', but `reference_rank` is set. Set `reference: quantized`",
+        ),
+        (
+            {"beta": 0.1, "reference": "quantized", "reference_rank": 8, "reference_bits": 5.0},
+            "each says how large the low-rank factors are",
+        ),
         ({"reference_quantization": "nf4"}, "`beta` is 0"),
         ({"kl_clamp": 10.0}, "`beta` is 0, so there is no KL penalty"),
         ({"beta": 0.1, "reference_quantization": "nf4"}, "`reference` is 'auto', but"),
@@ -110,6 +133,10 @@ def test_config_refuses_a_group_of_one(size: int) -> None:
         ({"advantage_baseline": "leave_one_out", "extensions": False}, "`extensions` is false"),
         ({"beta": 0.1, "reference": "quantized", "sync_ref_model": True}, "`sync_ref_model`"),
         ({"beta": 0.1, "reference": "resident", "extensions": False}, "`extensions` is false"),
+        (
+            {"beta": 0.1, "reference_rank": 8, "extensions": False},
+            "`extensions` is false, but `reference_rank` is set",
+        ),
     ],
 )
 def test_config_refuses_what_cannot_work(settings: dict[str, Any], message: str) -> None:
@@ -178,6 +205,28 @@ def test_config_parses_with_trl_parser(tmp_path: Path) -> None:
     assert config.reference == "quantized"
     assert config.reference_keep_modules == ["down_proj"]
     assert config.kl_clamp == 10
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reference": "none"},
+        {"beta": 0.1, "reference": "adapter"},
+        {"beta": 0.1, "reference": "streamed", "reference_on_disk": True, "sync_ref_model": True},
+        {
+            "beta": 0.1,
+            "reference": "quantized",
+            "sync_ref_model": True,
+            "ref_model_mixup_alpha": 1.0,
+            "reference_quantization": "int8",
+            "reference_compensation": "low_rank",
+            "reference_rank": 4,
+            "reference_distillation_steps": 10,
+        },
+    ],
+)
+def test_config_takes_every_kind_of_reference(settings: dict[str, Any]) -> None:
+    assert ExtGRPOConfig(**BASE | settings).reference == settings["reference"]
 
 
 def test_options_of_a_plain_trl_config_are_the_defaults() -> None:

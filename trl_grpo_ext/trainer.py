@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -31,20 +32,20 @@ from trl_grpo_ext.advantages import (
 )
 from trl_grpo_ext.config import ExtensionOptions, configuration_problems
 from trl_grpo_ext.cpu_linear import use_onednn
-from trl_grpo_ext.errors import ConfigurationError, ReferenceModelError
+from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.logprobs import SharedPrefix, has_dropout
 from trl_grpo_ext.losses import importance_ratio, kl_estimate, reduce_tokens
 from trl_grpo_ext.memory import RunSettings
 from trl_grpo_ext.reference import KLPenalty
 from trl_grpo_ext.reference.choice import choose_kind
 from trl_grpo_ext.reference.keeper import ReferenceKeeper
-from trl_grpo_ext.reference.options import ReferenceKind, ReferenceSettings
+from trl_grpo_ext.reference.options import ReferenceKind, ReferenceSettings, reference_problems
 from trl_grpo_ext.reference.sampling import (
     CalibrationData,
     CalibrationSampler,
     different_prompts,
 )
-from trl_grpo_ext.reference.store import ReferenceStore
+from trl_grpo_ext.reference.store import FOLDER, ReferenceStore
 from trl_grpo_ext.rewards.scores import checking
 from trl_grpo_ext.sampling import (
     Completion,
@@ -78,11 +79,13 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         _check_before_loading(self.__signature__.bind(*args, **kwargs).arguments)
         self._told_recompute = False
-        self.reference_kind: ReferenceKind = "none"
-        self.reference_reason = "`beta` is 0"
+        self.reference_kind: ReferenceKind = "resident"
+        self.reference_reason = "TRL's own, `extensions` is false"
         super().__init__(*args, **kwargs)
-        if self.beta != 0.0 and hasattr(self.model, "peft_config"):
-            self.reference_kind, self.reference_reason = "adapter", "switched off, it is exact"
+        if self.beta == 0.0:
+            self._tell_reference("none", "`beta` is 0")
+        elif hasattr(self.model, "peft_config"):
+            self._tell_reference("adapter", "switched off, the policy is its own exact reference")
         on_cpu = self.accelerator.device.type == "cpu"
         if on_cpu and self.extended and self.options.onednn_linear:
             use_onednn(self.model)
@@ -219,24 +222,23 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
     def make_reference(self, policy: PreTrainedModel) -> nn.Module | None:
         """Return the frozen reference that ``reference`` asks for; ``None`` for TRL's own."""
         kind, reason = self._choose_reference(policy)
-        self.reference_kind, self.reference_reason = kind, reason
-        logger.info(f"reference: {kind} ({reason})")
+        self._tell_reference(kind, reason)
+        self._check_sync(kind)
         if self.options.reference == "auto" and kind == "resident":
             return None
         on_cpu = policy.device.type == "cpu"
         if on_cpu and self.options.onednn_linear:
             use_onednn(policy)
-        saves = self.args.save_strategy != "no" or self.accelerator.num_processes > 1
         keeper = ReferenceKeeper(
-            self._reference_settings(kind),
-            sample=self._sample_for_calibration,
+            ReferenceSettings.of(self.options, kind=kind),
+            sample=None if self.reads_images else self._sample_for_calibration,
             penalty=KLPenalty(
                 self.options.kl_estimator,
                 clamp=self.options.kl_clamp,
                 bias_correction=self.args.use_bias_correction_kl,
                 temperature=self.args.temperature,
             ),
-            store=ReferenceStore(Path(str(self.args.output_dir)) / "reference") if saves else None,
+            store=self._reference_store(kind),
             onednn=on_cpu and self.options.onednn_linear,
             progress=not self.args.disable_tqdm and self.is_local_process_zero(),
         )
@@ -245,13 +247,52 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
         self.reference_keeper = keeper
         return reference
 
+    def _tell_reference(self, kind: ReferenceKind, reason: str) -> None:
+        self.reference_kind, self.reference_reason = kind, reason
+        logger.info(f"reference: {kind} ({reason})")
+
     def _choose_reference(self, policy: PreTrainedModel) -> tuple[ReferenceKind, str]:
         if self.options.reference != "auto":
             return self.options.reference, "as asked"
         if self.reads_images:
             return "resident", "TRL's own, which reads images too"
-        choice = choose_kind(policy, self._run_settings(policy))
-        return choice.kind, choice.reason
+        # Free memory differs between processes, and all must go the same way.
+        choice = [choose_kind(policy, self._run_settings(policy))]
+        broadcast_object_list(choice)
+        return choice[0].kind, choice[0].reason
+
+    def _check_sync(self, kind: ReferenceKind) -> None:
+        """Refuse what the options alone do not tell: what `auto` came to, and how weights lie."""
+        args = self.args
+        options = dataclasses.replace(self.options, reference=kind)
+        problems = list(
+            reference_problems(
+                options,
+                beta=args.beta,
+                mixes=args.sync_ref_model,
+                mixup_alpha=args.ref_model_mixup_alpha,
+                zero_stage=0,
+            )
+        )
+        if args.sync_ref_model and self.shards_weights and kind in ("streamed", "quantized"):
+            problems.append(
+                f"`sync_ref_model` is true and `reference` is {kind!r}, but the policy is sharded, "
+                "so that no process has the weights to move it towards. Set "
+                "`sync_ref_model: false`, or `reference: resident`."
+            )
+        if problems:
+            raise ConfigurationError(problems)
+
+    def _reference_store(self, kind: ReferenceKind) -> ReferenceStore | None:
+        """Where the reference is saved: for a resume, for other processes, or to be read there."""
+        saves = self.args.save_strategy != "no"
+        if kind == "quantized":
+            saves = saves or self.accelerator.num_processes > 1
+        elif self.shards_weights:  # no process has all of it to save
+            saves = False
+        if not saves and not self.options.reference_on_disk:
+            return None
+        return ReferenceStore(Path(str(self.args.output_dir)) / FOLDER)
 
     def _run_settings(self, policy: PreTrainedModel) -> RunSettings:
         """What the planner must know of this run; a prompt is taken to have its 512 tokens."""
@@ -270,27 +311,12 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
             completion_tokens=args.max_completion_length or 256,
         )
 
-    def _reference_settings(self, kind: ReferenceKind) -> ReferenceSettings:
-        settings = ReferenceSettings.of(self.options, kind=kind)
-        if kind == "quantized" and settings.compensation != "none" and self.reads_images:
-            logger.warning(
-                "The reference is rounded to nearest, not calibrated: its prompts may hold images."
-            )
-            return dataclasses.replace(settings, compensation="none", distillation_steps=0)
-        return settings
-
     def _sample_for_calibration(self, policy: PreTrainedModel) -> CalibrationData:
-        dataset = self.eval_dataset if self.train_dataset is None else self.train_dataset
-        if dataset is None:
-            raise ReferenceModelError(
-                "There is neither a `train_dataset` nor an `eval_dataset`, so there are no prompts "
-                "to calibrate and measure the reference on. Pass one, or set `reference: resident`."
-            )
-        args, settings = self.args, self._reference_settings("quantized")
+        args, settings = self.args, ReferenceSettings.of(self.options, kind="quantized")
         sampler = CalibrationSampler(
             tokenizer=cast(PreTrainedTokenizerBase, self.processing_class),
-            prompts=different_prompts(dataset),
-            num_tokens=settings.calibration_tokens,
+            prompts=different_prompts(self.train_dataset),
+            num_tokens=0 if settings.compensation == "none" else settings.calibration_tokens,
             max_new_tokens=min(args.max_completion_length or _LONG_GENERATION, _LONG_GENERATION),
             seed=args.seed,
             sampling={

@@ -190,6 +190,16 @@ def test_the_first_step_is_one_of_adam_along_the_gradient_of_the_divergence(
     assert all(signs)
 
 
+def test_the_learning_rate_falls_along_a_cosine(tiny_model: LlamaForCausalLM) -> None:
+    """Where the gradient stays the same, the second of two steps is half as large: 1.5 in all."""
+    reference, batches = calibrated(tiny_model), random_batches(count=4)[:1]
+    before = [layer.factor_in.float() for layer in layers_of(reference)]
+    distill(reference, tiny_model, batches, num_steps=2, learning_rate=0.01)
+    after = [layer.factor_in.float() for layer in layers_of(reference)]
+    changes = [(a - b).abs().flatten() for a, b in zip(after, before, strict=True)]
+    assert float(torch.cat(changes).quantile(0.9)) == pytest.approx(0.015, rel=0.1)
+
+
 def test_no_step_changes_nothing(tiny_model: LlamaForCausalLM) -> None:
     reference = calibrated(tiny_model)
     before = {name: tensor.clone() for name, tensor in reference.state_dict().items()}

@@ -168,6 +168,14 @@ def test_padding_does_not_matter(tiny_model: LlamaForCausalLM) -> None:
     assert padded.metrics() == pytest.approx(single.metrics(), rel=1e-2, abs=1e-4)
 
 
+def test_unlikely_padding_does_not_overflow(tiny_model: LlamaForCausalLM) -> None:
+    """As cold as this, its log-probability is some -1000, and k3 would take the exponential."""
+    reference = build_reference(tiny_model, kind="resident")
+    penalty = KLPenalty(temperature=0.01)
+    found = measure_fidelity(tiny_model, reference, random_batches(), penalty=penalty)
+    assert found.gradient_cosine == pytest.approx(1, abs=1e-4)
+
+
 def test_dropout_is_off() -> None:
     policy = gpt2()
     reference = build_reference(policy, kind="resident")

@@ -49,6 +49,7 @@ SEAMS = (
         ),
         names=(
             "create_model_from_path",
+            "SyncRefModelCallback",
             "_dist",
             "_is_vlm",
             "_logs",
@@ -71,6 +72,7 @@ SEAMS = (
         ),
         constants=("advantages", "log_probs", "entropy"),
     ),
+    Seam("create_model_card", names=("output_dir", "save"), constants=("README.md",)),
     Seam("_generate", parameters=("prompts",), names=("_generate_single_turn", "rollout_func")),
     Seam(
         "_generate_single_turn",
@@ -175,6 +177,7 @@ SEAMS = (
         parameters=("model", "inputs", "num_items_in_batch"),
         names=("_step", "current_gradient_accumulation_steps"),
     ),
+    Seam("train", parameters=("resume_from_checkpoint",)),
 )
 
 # Functions of TRL's module that we call or replace there, with the parameters that we pass.
@@ -193,6 +196,8 @@ _FUNCTIONS = {
 
 _CONFIG_FIELDS = (
     "beta",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
     "num_generations",
     "num_generations_eval",
     "scale_rewards",

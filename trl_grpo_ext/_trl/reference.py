@@ -43,7 +43,6 @@ class ReferenceSeams(LogprobSeams):
             return
         self.remove_callback(SyncRefModelCallback)
         self.add_callback(ReferenceCallback(self))
-        self.log_fidelity()
 
     def log_fidelity(self) -> None:
         """Have the next log say how faithful the reference is."""
@@ -82,6 +81,7 @@ class ReferenceSeams(LogprobSeams):
             )
             if checkpoint is not None:
                 self.reference_keeper.resume(Path(checkpoint), self.bare_reference)
+        self.log_fidelity()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -101,7 +101,7 @@ class ReferenceSeams(LogprobSeams):
         compute = functools.partial(super()._shared_prefix_logprobs, model)
         size = kw.get("batch_size")
         in_step = size and len(input_ids) > size and streamed_layers(inner)
-        if not in_step or self.shared_prefix.needs_check(inner):
+        if not in_step or self._checks_prefix(inner, input_ids.shape[1], **kw):
             return compute(input_ids, attention_mask, *args, **kw)
         parts = zip(input_ids.split(size), attention_mask.split(size), strict=True)
         passes = [functools.partial(compute, *part, *args, **kw) for part in parts]
@@ -109,6 +109,11 @@ class ReferenceSeams(LogprobSeams):
         return tuple(
             None if values[0] is None else torch.cat(values) for values in zip(*found, strict=True)
         )
+
+    def _checks_prefix(self, model: PreTrainedModel, longest: int, **kwargs: Any) -> bool:
+        """Whether this pass also is compared with padded rows, which is done on the whole batch."""
+        unknown = self.shared_prefix.needs_check(model)
+        return unknown and self._shares_prefix(model, longest, **kwargs)
 
 
 class ReferenceCallback(TrainerCallback):
@@ -139,7 +144,6 @@ class ReferenceCallback(TrainerCallback):
                     trainer.bare_reference,
                     trainer._causal_lm(trainer.model),
                     alpha=trainer.args.ref_model_mixup_alpha,
-                    step=state.global_step,
                 )
             if keeper.settings.kind == "quantized":
                 trainer.log_fidelity()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from transformers import PreTrainedModel
 
 from trl_grpo_ext.memory import (
@@ -20,7 +22,7 @@ _LATER = ("optimizer", "gradients", "activations", "kv_cache")  # what the run h
 
 
 def choose_kind(policy: PreTrainedModel, settings: RunSettings) -> ReferenceChoice:
-    """Return the kind of reference, and why.
+    """Return the kind of reference, and why; processes of one machine share its host memory.
 
     Args:
         policy: On its device, whole.
@@ -28,7 +30,8 @@ def choose_kind(policy: PreTrainedModel, settings: RunSettings) -> ReferenceChoi
     """
     copy_bytes = sum(parameter.nbytes for parameter in policy.parameters())
     on_host = policy.device.type == "cpu"
-    free = available_host_bytes() if on_host else available_memory_bytes()
+    host = available_host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = host if on_host else available_memory_bytes()
     if settings.shards_weights:
         return ReferenceChoice("resident", "TRL's own, of which each process holds a part")
     if free > _SURELY * copy_bytes:
@@ -43,5 +46,5 @@ def choose_kind(policy: PreTrainedModel, settings: RunSettings) -> ReferenceChoi
         streamed_device_bytes=streamed.device,
         free_device_bytes=free,
         reserved_bytes=sum(size for part, size in estimate.parts.items() if part in _LATER),
-        free_host_bytes=None if on_host else available_host_bytes(),
+        free_host_bytes=None if on_host else host,
     )

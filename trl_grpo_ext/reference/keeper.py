@@ -24,10 +24,12 @@ from trl_grpo_ext.reference.calibration import (
 )
 from trl_grpo_ext.reference.distillation import distill
 from trl_grpo_ext.reference.fidelity import KLPenalty, ReferenceFidelity, measure_fidelity
+from trl_grpo_ext.reference.frozen import check_policy
 from trl_grpo_ext.reference.layer_stream import named_tensors, streamed_layers
 from trl_grpo_ext.reference.options import DEFAULT_RANK, ReferenceSettings
 from trl_grpo_ext.reference.sampling import CalibrationData
 from trl_grpo_ext.reference.store import (
+    FOLDER,
     ReferenceStore,
     fingerprint,
     reference_key,
@@ -44,22 +46,25 @@ class ReferenceKeeper:
 
     Attributes:
         settings: Of the reference.
-        sample: Draws completions of the policy, if there is something to calibrate.
+        sample: Draws completions of the policy to calibrate and to measure on; ``None`` if that is
+            not possible, so that a quantized reference is rounded to nearest and not measured.
         penalty: That the fidelity is measured with.
-        store: Where references are saved; ``None`` if nothing of the run is.
+        store: Where references are saved; ``None`` if nothing of the run is. One on disk needs it.
         onednn: Whether float32 layers on a CPU run in oneDNN.
         progress: Whether bars are shown.
         key: Of the reference in its store; empty without one.
+        initial_key: Of the reference that was built first; that is kept until the run ends.
         fidelity: Of a quantized reference, measured when it was built.
     """
 
     settings: ReferenceSettings
-    sample: Callable[[PreTrainedModel], CalibrationData]
+    sample: Callable[[PreTrainedModel], CalibrationData] | None
     penalty: KLPenalty
     store: ReferenceStore | None = None
     onednn: bool = False
     progress: bool = False
     key: str = ""
+    initial_key: str = ""
     fidelity: ReferenceFidelity | None = None
 
     def build(self, policy: PreTrainedModel) -> PreTrainedModel:
@@ -68,15 +73,14 @@ class ReferenceKeeper:
         Raises:
             ReferenceModelError: it cannot be built.
         """
+        check_policy(policy)
         if self.store is not None:
             self.key = reference_key(fingerprint(policy), self.settings.identity)
+            self.initial_key = self.initial_key or self.key
         reference = self._uncalibrated(policy)
         if self.settings.kind == "quantized":
-            manifest = None if self.store is None else self.store.manifest(self.key)
-            if self.store is not None and manifest is not None:
-                self.store.restore(self.key, reference)
-                self.fidelity = ReferenceFidelity(**manifest["fidelity"])
-                logger.info(f"reference: loaded from {self.store.folder(self.key)}")
+            if self.store is not None and self.store.manifest(self.key) is not None:
+                self._restore(self.store, self.key, reference)
             else:
                 self._calibrate(reference, policy)
                 self._save(reference)
@@ -87,8 +91,7 @@ class ReferenceKeeper:
     def _uncalibrated(self, policy: PreTrainedModel) -> PreTrainedModel:
         settings = self.settings
         if settings.kind == "streamed":
-            folder = self.store.folder(self.key) if self.store and settings.on_disk else None
-            reference = build_streamed_reference(policy, folder=folder)
+            reference = self._streamed(policy)
         else:
             reference = build_reference(
                 policy,
@@ -104,9 +107,24 @@ class ReferenceKeeper:
                 use_onednn(module)
         return reference
 
+    def _streamed(self, policy: PreTrainedModel) -> PreTrainedModel:
+        if not self.settings.on_disk:
+            return build_streamed_reference(policy)
+        assert self.store is not None
+        reference = build_streamed_reference(policy, folder=self.store.folder(self.key))
+        self.store.describe(self.key, self._manifest())  # its files are what a resume needs
+        return reference
+
     def _calibrate(self, reference: PreTrainedModel, policy: PreTrainedModel) -> None:
         settings = self.settings
         check_rank(reference, settings.rank or 0)  # before anything is sampled
+        if self.sample is None:
+            logger.warning(
+                "The reference is rounded to nearest and not measured: prompts may hold images, on "
+                "which it is not calibrated. Watch `kl` from the first step on, or set "
+                "`reference: streamed`, which is exact."
+            )
+            return
         data = self.sample(policy)
         if settings.compensation != "none":
             calibrate(
@@ -148,9 +166,9 @@ class ReferenceKeeper:
                 f"truth is 0, above {self.settings.max_floor:g} of the KL expected of the run "
                 f"(`reference_kl_target`={self.settings.kl_target:g}), so a part of the penalty "
                 "pulls towards rounding errors. Use `reference: streamed` or `resident` (exact), "
-                "`reference_quantization: int8`, a larger `reference_rank`, or "
-                "`reference_distillation_steps: 60`; or raise `reference_kl_target` if the run's "
-                "`kl` will be larger."
+                "`reference_quantization: int8`, `reference_compensation: low_rank` with a larger "
+                "`reference_rank`, or `reference_distillation_steps: 60`; or raise "
+                "`reference_kl_target` if the run's `kl` will be larger."
             )
 
     # Beside the checkpoints -----------------------------------------------------------------------
@@ -162,7 +180,7 @@ class ReferenceKeeper:
         if self.store.manifest(self.key) is None:
             self._save(reference)
         self.store.note(checkpoint, self.key)
-        self.store.prune(checkpoint.parent, keep=self.key)
+        self.store.prune(checkpoint.parent, keep={self.key, self.initial_key})
 
     def resume(self, checkpoint: Path, reference: PreTrainedModel) -> None:
         """Make the reference that of the run that wrote a checkpoint, if it is another one.
@@ -170,24 +188,26 @@ class ReferenceKeeper:
         Raises:
             ReferenceModelError: the saved one is gone, or was made with other settings.
         """
-        noted = None if self.store is None else self.store.noted(checkpoint)
-        if self.store is None or noted is None or noted == self.key:
+        store = ReferenceStore(checkpoint.parent / FOLDER)
+        noted = store.noted(checkpoint)
+        if noted is None or noted == self.key:
             return
-        manifest = self.store.manifest(noted)
+        manifest = store.manifest(noted)
         if manifest is not None and manifest["settings"] != self._manifest()["settings"]:
-            then, now = manifest["settings"], self._manifest()["settings"]
-            changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
+            changes = _changes(manifest["settings"], self._manifest()["settings"])
             raise ReferenceModelError(
-                f"{checkpoint} was written by a run with another reference ("
-                + ", ".join(f"{k}: {then.get(k)!r}, here {now.get(k)!r}" for k in changed)
-                + "), so its KL would jump. Set the `reference` options to what they were, or "
-                "start anew from the checkpoint's weights."
+                f"{checkpoint} was written by a run with another reference ({changes}), so its KL "
+                "would jump. Set the `reference` options to what they were, or start anew from the "
+                "checkpoint's weights."
             )
-        self.store.restore(noted, reference)
+        self._restore(store, noted, reference)
         self.key = noted
-        if manifest is not None and manifest["fidelity"] is not None:
-            self.fidelity = ReferenceFidelity(**manifest["fidelity"])
-        logger.info(f"reference: of the run's start, loaded from {self.store.folder(noted)}")
+
+    def _restore(self, store: ReferenceStore, key: str, reference: PreTrainedModel) -> None:
+        store.restore(key, reference, mapped=self.settings.on_disk)
+        fidelity = (store.manifest(key) or {}).get("fidelity")
+        self.fidelity = None if fidelity is None else ReferenceFidelity(**fidelity)
+        logger.info(f"reference: loaded from {store.folder(key)}")
 
     def _save(self, reference: PreTrainedModel) -> None:
         if self.store is not None:
@@ -203,16 +223,13 @@ class ReferenceKeeper:
 
     # Moved by `sync_ref_model` --------------------------------------------------------------------
 
-    def sync(
-        self, reference: PreTrainedModel, policy: PreTrainedModel, *, alpha: float, step: int
-    ) -> None:
+    def sync(self, reference: PreTrainedModel, policy: PreTrainedModel, *, alpha: float) -> None:
         """Move the reference towards the policy; a quantized one is built anew.
 
         Args:
             reference: Changed in place.
             policy: As it is now, not wrapped.
             alpha: 1 makes the reference the policy of this moment.
-            step: Of the run.
         """
         if self.settings.kind == "quantized":
             replace_weights(reference, dict(named_tensors(self.build(policy))))
@@ -222,7 +239,17 @@ class ReferenceKeeper:
         else:
             _mix(reference, policy, alpha)
         if self.store is not None:
-            self.key = f"{self.key.partition('-')[0]}-step-{step}"
+            self.key = reference_key(fingerprint(policy), {"into": self.key, "alpha": alpha})
+
+
+def _changes(then: dict[str, Any], here: dict[str, Any]) -> str:
+    """What differs between two settings: the kind, or else all that does."""
+    names = {"kind"} if then["kind"] != here["kind"] else then.keys() | here.keys()
+    return ", ".join(
+        f"{name}: {then.get(name)!r}, here {here.get(name)!r}"
+        for name in sorted(names)
+        if then.get(name) != here.get(name)
+    )
 
 
 @torch.no_grad()

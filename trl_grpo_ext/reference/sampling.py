@@ -34,7 +34,7 @@ class CalibrationSampler:
     Attributes:
         tokenizer: Of the policy.
         prompts: Texts or conversations; every fourth one, at most 24, is held out.
-        num_tokens: Of prompts and completions together, to calibrate on.
+        num_tokens: Of prompts and completions together, to calibrate on; 0 for none.
         max_new_tokens: Of a completion.
         seed: Of the draws, which leave torch's random state alone.
         sampling: More arguments of :func:`~trl_grpo_ext.sampling.group_sample`: temperature and so
@@ -60,10 +60,10 @@ class CalibrationSampler:
         drawn: list[GroupSamples] = []
         num_tokens = 0
         for number, chunk in enumerate(self._chunks(others)):
-            drawn.append(self._sample(policy, chunk, step=number + 1))
-            num_tokens += _num_tokens(drawn[-1])
             if num_tokens >= self.num_tokens:
                 break
+            drawn.append(self._sample(policy, chunk, step=number + 1))
+            num_tokens += _num_tokens(drawn[-1])
         measured = self._sample(policy, held_out, step=0)
         return CalibrationData(self._batches(policy, drawn), self._batches(policy, [measured]))
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,14 +21,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl_grpo_ext.errors import ReferenceModelError
-from trl_grpo_ext.reference.layer_files import (
-    OUTSIDE_LAYERS,
-    check_disk,
-    map_weights,
-    save_weights,
-)
+from trl_grpo_ext.reference.layer_files import OUTSIDE_LAYERS, map_weights, save_weights
 from trl_grpo_ext.reference.layer_stream import Weights, named_tensors, streamed_layers
 
+FOLDER = "reference"  # beside the checkpoints
 NOTE = "reference.json"  # in a checkpoint: which reference its run has
 _MANIFEST = "manifest.json"
 
@@ -82,14 +78,22 @@ class ReferenceStore:
         folder = self.root / key
         folder.mkdir(parents=True, exist_ok=True)
         files = dict(_stored(reference))
-        check_disk(folder, sum(t.nbytes for weights in files.values() for t in weights.values()))
+        _check_disk(folder, sum(t.nbytes for weights in files.values() for t in weights.values()))
         for stem, weights in files.items():
             save_weights(weights, folder / f"{stem}.safetensors")
-        _write_json(folder / _MANIFEST, manifest)
+        self.describe(key, manifest)
 
-    @torch.no_grad()
-    def restore(self, key: str, reference: PreTrainedModel) -> None:
+    def describe(self, key: str, manifest: Mapping[str, Any]) -> None:
+        """Write the manifest of a reference whose weights are there: that makes it a saved one."""
+        _write_json(self.root / key / _MANIFEST, manifest)
+
+    def restore(self, key: str, reference: PreTrainedModel, *, mapped: bool = False) -> None:
         """Put the saved weights into a reference of the same kind and settings, in place.
+
+        Args:
+            key: Of the saved one.
+            reference: Changed once all files were found to be whole.
+            mapped: Whether the reference reads its weights from these files from here on.
 
         Raises:
             ReferenceModelError: the saved one is not there, damaged, or of another kind.
@@ -101,10 +105,17 @@ class ReferenceStore:
                 "it started with. Put the folder back, or start from the initial model without "
                 "`resume_from_checkpoint`."
             )
+        weights: Weights = {}
         for stem, _ in _stored(reference):
-            replace_weights(reference, map_weights(folder / f"{stem}.safetensors"))
-        for layer in streamed_layers(reference)[:1]:
-            layer.stream.forget()
+            weights |= map_weights(folder / f"{stem}.safetensors")
+        if misfits := sorted(_misfits(reference, weights)):
+            raise ReferenceModelError(
+                f"{folder} does not hold this reference whole: {len(misfits)} tensors are missing, "
+                f"too many, or of another shape (the first is {misfits[0]}), so it cannot be read. "
+                "Put back what was there; or delete the folder and start with the initial model, "
+                "from which the reference is built again."
+            )
+        replace_weights(reference, weights, mapped=mapped)
 
     def note(self, checkpoint: Path, key: str) -> None:
         """Write into a checkpoint which reference its run has."""
@@ -116,12 +127,19 @@ class ReferenceStore:
             return str(json.loads((checkpoint / NOTE).read_text(encoding="utf-8"))["reference"])
         except FileNotFoundError:
             return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ReferenceModelError(
+                f"{checkpoint / NOTE} is damaged, so nothing says which reference the run has. Put "
+                "the file back, or resume from another checkpoint."
+            ) from error
 
-    def prune(self, output_dir: Path, *, keep: str) -> None:
+    def prune(self, output_dir: Path, *, keep: Collection[str]) -> None:
         """Remove saved references that no checkpoint of the folder notes, but for ``keep``."""
-        noted = {self.noted(note.parent) for note in output_dir.glob(f"checkpoint-*/{NOTE}")}
+        noted: set[str | None] = {
+            self.noted(note.parent) for note in output_dir.glob(f"checkpoint-*/{NOTE}")
+        }
         for folder in self.root.iterdir():
-            if folder.name not in {*noted, keep}:
+            if folder.name not in noted.union(keep):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -133,20 +151,44 @@ def _stored(reference: PreTrainedModel) -> Iterator[tuple[str, Weights]]:
     yield OUTSIDE_LAYERS, dict(named_tensors(reference))
 
 
-def replace_weights(reference: PreTrainedModel, weights: Weights) -> None:
+@torch.no_grad()
+def replace_weights(reference: PreTrainedModel, weights: Weights, *, mapped: bool = False) -> None:
     """Give each tensor of the reference that ``weights`` names the value there.
+
+    Args:
+        reference: Changed in place; page-locked memory of a streamed one stays in use.
+        weights: By their names in the reference.
+        mapped: Whether layers that are streamed hold these very tensors from here on.
 
     Raises:
         KeyError: the reference has no such tensor.
     """
+    layers = streamed_layers(reference)
+    for layer in layers[:1]:
+        layer.stream.forget()
+    hosts = {id(tensor) for layer in layers for _, tensor in named_tensors(layer.host)}
     owners = _owners(reference)
     for name, value in weights.items():
         module, attribute = owners[name]
         held = getattr(module, attribute)
-        if isinstance(held, nn.Parameter):
-            held.data = value.to(held.device)
-        else:  # low-rank factors may have another rank, or have been none
-            module._buffers[attribute] = value.to(_device(module))
+        if held is None:  # low-rank factors that the fresh reference does not have
+            module._buffers[attribute] = value.to(_device(module), copy=True)
+        elif mapped and id(held) in hosts:
+            held.data = value
+        else:
+            held.copy_(value)
+
+
+def _misfits(reference: PreTrainedModel, weights: Weights) -> set[str]:
+    """Names of tensors that are not among the weights, not of the reference, or of another shape.
+
+    A fresh reference has none in the place of low-rank factors, so any will fit.
+    """
+    expected = {name: t for _, tensors in _stored(reference) for name, t in tensors.items()}
+    others = {
+        name for name in weights.keys() & expected if weights[name].shape != expected[name].shape
+    }
+    return (expected.keys() - weights) | (weights.keys() - _owners(reference)) | others
 
 
 def _owners(reference: PreTrainedModel) -> dict[str, tuple[nn.Module, str]]:
@@ -164,6 +206,16 @@ def _owners(reference: PreTrainedModel) -> dict[str, tuple[nn.Module, str]]:
 def _device(module: nn.Module) -> torch.device:
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _check_disk(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise ReferenceModelError(
+            f"The reference takes {num_bytes / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB "
+            "are free, so that a resume could not have it back. Make room, or set `output_dir` to "
+            "a disk with that much, or `save_strategy: no`."
+        )
 
 
 def _bytes(tensor: Tensor) -> Any:
