@@ -4,23 +4,20 @@ One step of GRPO, in order. :meth:`ExtGRPOTrainer.sample_completions` draws a gr
 a prompt. Every reward function scores them (:meth:`~ExtGRPOTrainer.checked_reward` guards each).
 :meth:`~ExtGRPOTrainer.compute_advantages` compares each completion with its group. The loss weighs
 the policy's log-probabilities, for which each prompt is computed once (``shared_prefix``), with
-these advantages, and :meth:`~ExtGRPOTrainer.compute_kl` holds the policy near the frozen reference
-of :meth:`~ExtGRPOTrainer.make_reference`.
+these advantages, and :meth:`~ExtGRPOTrainer.compute_kl` holds the policy near the frozen
+``reference``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import GRPOTrainer
 
@@ -35,17 +32,6 @@ from trl_grpo_ext.cpu_linear import use_onednn
 from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.logprobs import SharedPrefix, has_dropout
 from trl_grpo_ext.losses import importance_ratio, kl_estimate, reduce_tokens
-from trl_grpo_ext.memory import RunSettings
-from trl_grpo_ext.reference import KLPenalty
-from trl_grpo_ext.reference.choice import choose_kind
-from trl_grpo_ext.reference.keeper import ReferenceKeeper
-from trl_grpo_ext.reference.options import ReferenceKind, ReferenceSettings, reference_problems
-from trl_grpo_ext.reference.sampling import (
-    CalibrationData,
-    CalibrationSampler,
-    different_prompts,
-)
-from trl_grpo_ext.reference.store import FOLDER, ReferenceStore
 from trl_grpo_ext.rewards.scores import checking
 from trl_grpo_ext.sampling import (
     Completion,
@@ -79,13 +65,7 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         _check_before_loading(self.__signature__.bind(*args, **kwargs).arguments)
         self._told_recompute = False
-        self.reference_kind: ReferenceKind = "resident"
-        self.reference_reason = "TRL's own, `extensions` is false"
         super().__init__(*args, **kwargs)
-        if self.beta == 0.0:
-            self._tell_reference("none", "`beta` is 0")
-        elif hasattr(self.model, "peft_config"):
-            self._tell_reference("adapter", "switched off, the policy is its own exact reference")
         on_cpu = self.accelerator.device.type == "cpu"
         if on_cpu and self.extended and self.options.onednn_linear:
             use_onednn(self.model)
@@ -218,118 +198,6 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
         )
         steps = 1 if inputs.reduction == "dapo" else inputs.accumulation_steps
         return self.beta * penalty / steps, kl_BT
-
-    def make_reference(self, policy: PreTrainedModel) -> nn.Module | None:
-        """Return the frozen reference that ``reference`` asks for; ``None`` for TRL's own."""
-        kind, reason = self._choose_reference(policy)
-        self._tell_reference(kind, reason)
-        self._check_sync(kind)
-        if self.options.reference == "auto" and kind == "resident":
-            return None
-        on_cpu = policy.device.type == "cpu"
-        if on_cpu and self.options.onednn_linear:
-            use_onednn(policy)
-        keeper = ReferenceKeeper(
-            ReferenceSettings.of(self.options, kind=kind),
-            sample=None if self.reads_images else self._sample_for_calibration,
-            penalty=KLPenalty(
-                self.options.kl_estimator,
-                clamp=self.options.kl_clamp,
-                bias_correction=self.args.use_bias_correction_kl,
-                temperature=self.args.temperature,
-            ),
-            store=self._reference_store(kind),
-            onednn=on_cpu and self.options.onednn_linear,
-            progress=not self.args.disable_tqdm and self.is_local_process_zero(),
-        )
-        with self.accelerator.main_process_first():
-            reference = keeper.build(policy)
-        self.reference_keeper = keeper
-        return reference
-
-    def _tell_reference(self, kind: ReferenceKind, reason: str) -> None:
-        self.reference_kind, self.reference_reason = kind, reason
-        logger.info(f"reference: {kind} ({reason})")
-
-    def _choose_reference(self, policy: PreTrainedModel) -> tuple[ReferenceKind, str]:
-        if self.options.reference != "auto":
-            return self.options.reference, "as asked"
-        if self.reads_images:
-            return "resident", "TRL's own, which reads images too"
-        # Free memory differs between processes, and all must go the same way.
-        choice = [choose_kind(policy, self._run_settings(policy))]
-        broadcast_object_list(choice)
-        return choice[0].kind, choice[0].reason
-
-    def _check_sync(self, kind: ReferenceKind) -> None:
-        """Refuse what the options alone do not tell: what `auto` came to, and how weights lie."""
-        args = self.args
-        options = dataclasses.replace(self.options, reference=kind)
-        problems = list(
-            reference_problems(
-                options,
-                beta=args.beta,
-                mixes=args.sync_ref_model,
-                mixup_alpha=args.ref_model_mixup_alpha,
-                zero_stage=0,
-            )
-        )
-        if args.sync_ref_model and self.shards_weights and kind in ("streamed", "quantized"):
-            problems.append(
-                f"`sync_ref_model` is true and `reference` is {kind!r}, but the policy is sharded, "
-                "so that no process has the weights to move it towards. Set "
-                "`sync_ref_model: false`, or `reference: resident`."
-            )
-        if problems:
-            raise ConfigurationError(problems)
-
-    def _reference_store(self, kind: ReferenceKind) -> ReferenceStore | None:
-        """Where the reference is saved: for a resume, for other processes, or to be read there."""
-        saves = self.args.save_strategy != "no"
-        if kind == "quantized":
-            saves = saves or self.accelerator.num_processes > 1
-        elif self.shards_weights:  # no process has all of it to save
-            saves = False
-        if not saves and not self.options.reference_on_disk:
-            return None
-        return ReferenceStore(Path(str(self.args.output_dir)) / FOLDER)
-
-    def _run_settings(self, policy: PreTrainedModel) -> RunSettings:
-        """What the planner must know of this run; a prompt is taken to have its 512 tokens."""
-        args = self.args
-        half = policy.dtype != torch.float32
-        return RunSettings(
-            num_gpus=self.accelerator.num_processes,
-            dtype="bfloat16" if half else "mixed" if args.bf16 or args.fp16 else "float32",
-            optimizer="adamw_8bit" if "8bit" in str(args.optim) else "adamw",
-            sharding="fsdp" if self.shards_weights else "none",
-            gradient_checkpointing=bool(args.gradient_checkpointing),
-            micro_batch=args.per_device_train_batch_size,
-            num_generations=cast(int, args.num_generations),
-            generation_batch=args.per_device_train_batch_size
-            * cast(int, args.steps_per_generation),
-            completion_tokens=args.max_completion_length or 256,
-        )
-
-    def _sample_for_calibration(self, policy: PreTrainedModel) -> CalibrationData:
-        args, settings = self.args, ReferenceSettings.of(self.options, kind="quantized")
-        sampler = CalibrationSampler(
-            tokenizer=cast(PreTrainedTokenizerBase, self.processing_class),
-            prompts=different_prompts(self.train_dataset),
-            num_tokens=0 if settings.compensation == "none" else settings.calibration_tokens,
-            max_new_tokens=min(args.max_completion_length or _LONG_GENERATION, _LONG_GENERATION),
-            seed=args.seed,
-            sampling={
-                "temperature": args.temperature,
-                "top_p": args.top_p,
-                "top_k": args.top_k,
-                "min_p": args.min_p,
-                "repetition_penalty": args.repetition_penalty,
-                "chat_template_kwargs": args.chat_template_kwargs,
-            },
-            progress=not args.disable_tqdm and self.is_local_process_zero(),
-        )
-        return sampler(policy)
 
 
 def _check_before_loading(arguments: dict[str, Any]) -> None:

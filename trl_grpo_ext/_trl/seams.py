@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trl_grpo_ext._trl.reference import ReferenceSeams
+from trl_grpo_ext._trl.own_reference import OwnReference
 from trl_grpo_ext.losses import LOSS_TYPE_REDUCTIONS, ImportanceLevel, LossReduction
 
 
@@ -46,11 +46,11 @@ class KLInputs:
     accumulation_steps: int
 
 
-class SeamedGRPOTrainer(ReferenceSeams):
+class SeamedGRPOTrainer(OwnReference):
     """``trl.GRPOTrainer`` with public hooks: completions, rewards, advantages, KL and reference."""
 
     _logs: dict[str, Any]
-    _tag_names = [*ReferenceSeams._tag_names, "trl-grpo-ext"]  # noqa: RUF012 - as in TRL
+    _tag_names = [*OwnReference._tag_names, "trl-grpo-ext"]  # noqa: RUF012 - as in TRL
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._rewards_per_func: Tensor | None = None
