@@ -47,16 +47,22 @@ from trl_grpo_ext import group_sample
 from trl_grpo_ext.cpu_linear import use_onednn
 from trl_grpo_ext.losses import kl_estimate, masked_mean
 from trl_grpo_ext.model_cache import prepare_model
-from trl_grpo_ext.reference import QuantizedLinear, build_reference, summarize_reference
-from trl_grpo_ext.reference.calibration import calibrate
-from trl_grpo_ext.reference.completions import (
+from trl_grpo_ext.reference import (
     CompletionBatch,
+    KLPenalty,
+    QuantizedLinear,
+    build_reference,
+    build_streamed_reference,
+    calibrate,
     completion_batches,
-    completion_logits,
+    distill,
+    streamed_layers,
+    summarize_reference,
 )
-from trl_grpo_ext.reference.distillation import distill
-from trl_grpo_ext.reference.fidelity import KLPenalty
-from trl_grpo_ext.reference.streamed import build_streamed_reference, streamed_layers
+from trl_grpo_ext.reference.build import EmbeddingQuantization
+from trl_grpo_ext.reference.completions import completion_logits
+from trl_grpo_ext.reference.options import Compensation, ReferenceSettings
+from trl_grpo_ext.reference.quantized import QuantizationType
 
 PACKAGED = "smollm2-135m"
 MAX_NEW_TOKENS = 128
@@ -78,11 +84,23 @@ class Stored:
         embedding_quantization: Of embedding and LM head.
     """
 
-    quantization: str = "nf4"
-    compensation: str = "low_rank"
+    quantization: QuantizationType = "nf4"
+    compensation: Compensation = "low_rank"
     rank: int = 0
     distillation_steps: int = 0
-    embedding_quantization: str | None = None
+    embedding_quantization: EmbeddingQuantization | None = None
+
+    @classmethod
+    def by_default(cls) -> Stored:
+        """Return what the package's defaults are."""
+        settings = ReferenceSettings()
+        return cls(
+            settings.quantization,
+            settings.compensation,
+            settings.storage.rank,
+            settings.distillation_steps,
+            settings.embedding_quantization,
+        )
 
     def build(self, policy: PreTrainedModel, batches: Sequence[CompletionBatch]) -> PreTrainedModel:
         """Return the reference, calibrated on these completions."""
@@ -100,7 +118,6 @@ class Stored:
         return reference
 
 
-DEFAULT = Stored(rank=32)
 PACKAGE = {
     "nf4": Stored(compensation="none"),
     "nf4_rank32": Stored(rank=32),
@@ -119,7 +136,7 @@ ARMS = ("nf4", "resident", "streamed", *(name for name in PACKAGE if name != "nf
 
 def default_arm() -> str:
     """Return the name of the arm that the package's defaults make."""
-    return next(name for name, stored in PACKAGE.items() if stored == DEFAULT)
+    return next(name for name, stored in PACKAGE.items() if stored == Stored.by_default())
 
 
 def build_arm(
@@ -132,7 +149,7 @@ def build_arm(
         return build_streamed_reference(policy)
     if name in PACKAGE:
         return PACKAGE[name].build(policy, batches)
-    return METHODS[name](policy, batches, DEFAULT.rank)
+    return METHODS[name](policy, batches, Stored.by_default().rank)
 
 
 # Completions --------------------------------------------------------------------------------------
@@ -480,7 +497,7 @@ def main() -> None:
     result = {
         "kinds": kinds,
         "default": default_arm(),
-        "width_4096_layer_bytes_ratio": layer_ratio(4096, rank=DEFAULT.rank),
+        "width_4096_layer_bytes_ratio": layer_ratio(4096, rank=Stored.by_default().rank),
         **benchmark.settings,
         "num_heldout_tokens": benchmark.yardstick.num_tokens,
     }

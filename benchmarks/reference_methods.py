@@ -19,15 +19,9 @@ from transformers import PreTrainedModel
 
 from trl_grpo_ext.cpu_linear import product, use_onednn
 from trl_grpo_ext.layerwise import LayerCall, call_each, decoder_layers, run_layerwise
-from trl_grpo_ext.reference import QuantizedLinear, build_reference
-from trl_grpo_ext.reference.calibration import (
-    _input_moments,
-    _recorded_inputs,
-    _rows,
-    _weight,
-    calibrate,
-)
-from trl_grpo_ext.reference.completions import CompletionBatch, completion_logits
+from trl_grpo_ext.reference import CompletionBatch, QuantizedLinear, build_reference, calibrate
+from trl_grpo_ext.reference.calibration import _input_moments, _recorded_inputs, _rows, _weight
+from trl_grpo_ext.reference.completions import completion_logits
 from trl_grpo_ext.reference.low_rank import low_rank_factors
 from trl_grpo_ext.reference.rounding import damped, round_with_feedback
 

@@ -129,6 +129,33 @@ torch.distributed.destroy_process_group()
 """
 
 
+SHARD_STREAMED = """
+import sys, warnings
+warnings.filterwarnings("ignore")
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+from trl_grpo_ext.layerwise import decoder_layers, run_layerwise
+from trl_grpo_ext.reference import build_streamed_reference
+
+mesh = init_device_mesh("cpu", (2,))
+reference = build_streamed_reference(AutoModelForCausalLM.from_pretrained(sys.argv[1]))
+batches = [torch.arange(20)[None], torch.arange(5, 30)[None]]
+passes = [lambda ids=ids: reference(ids).logits for ids in batches]
+with torch.no_grad():
+    expected = [run() for run in passes]
+    for layer in reference.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(reference, mesh=mesh)
+    found = run_layerwise(list(decoder_layers(reference)), passes)
+equal = all(map(torch.equal, expected, found))
+sharded = hasattr(reference.model.embed_tokens.weight, "placements")
+torch.save([equal, sharded], sys.argv[2] + ".pt")
+torch.distributed.destroy_process_group()
+"""
+
+
 def launch(script: str, folder: Path, *arguments: object, processes: int) -> Any:
     """Run the script in some processes; return what they saved to ``<second argument>.pt``."""
     path = folder / "script.py"
@@ -248,3 +275,12 @@ def test_a_quantized_reference_stays_whole_and_right_under_fsdp2(
     assert whole
     assert sharded
     assert num_quantized == 14  # 7 linear layers in each of 2 layers
+
+
+@pytest.mark.slow
+def test_fsdp2_leaves_the_layers_of_a_streamed_reference_alone(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    equal, sharded = launch(SHARD_STREAMED, tmp_path, tiny_model_dir, tmp_path / "out", processes=2)
+    assert equal
+    assert sharded

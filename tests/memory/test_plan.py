@@ -219,6 +219,7 @@ def test_recipe_lines_of_a_quantized_reference_name_what_is_not_the_default() ->
         "reference_quantization": "int8",
         "reference_block_size": 128,
         "reference_double_quantization": False,
+        "reference_compensation": "low_rank",
         "reference_rank": 16,
         "reference_embedding_quantization": "int8",
     }

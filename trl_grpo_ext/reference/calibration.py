@@ -40,6 +40,8 @@ from trl_grpo_ext.reference.moments import estimated_moments, outer_sum
 from trl_grpo_ext.reference.quantized import QuantizedLinear
 from trl_grpo_ext.reference.rounding import round_with_feedback
 
+_NUM_TURNS = 3  # of rounding and low rank
+
 Rank = int | Callable[[QuantizedLinear], int]  # of a layer's low-rank factors; 0 for none
 
 
@@ -171,17 +173,27 @@ def _compensate_experts(
 def _compensate(
     linear: QuantizedLinear, weight_OI: Tensor, covariance_II: Tensor, *, rank: Rank
 ) -> None:
+    """Choose the codes; with low rank, in turns: codes for what the factors leave, then factors.
+
+    References:
+        Saha et al. 2024, CALDERA, algorithm 1, arXiv:2405.18886.
+    """
+    size = rank if isinstance(rank, int) else rank(linear)
+    weight_OI = weight_OI.float()
     scales = linear.scales().repeat_interleave(linear.block_size)[: linear.num_weights]
-    codes_OI = round_with_feedback(
-        weight_OI,
-        covariance_II=covariance_II,
-        scales_OI=scales.view(weight_OI.shape),
-        levels=linear.levels,
-    )
-    linear.set_codes(codes_OI)
-    if size := rank if isinstance(rank, int) else rank(linear):
-        error_OI = weight_OI.float() - linear.dequantized_weight(torch.float32)
-        linear.set_low_rank(*low_rank_factors(error_OI, covariance_II=covariance_II, rank=size))
+    low_rank_OI = torch.zeros_like(weight_OI)
+    for _ in range(_NUM_TURNS if size else 1):
+        codes_OI = round_with_feedback(
+            weight_OI - low_rank_OI,
+            covariance_II=covariance_II,
+            scales_OI=scales.view(weight_OI.shape),
+            levels=linear.levels,
+        )
+        linear.set_codes(codes_OI)
+        if size:
+            error_OI = weight_OI - linear.dequantized_weight(torch.float32)
+            linear.set_low_rank(*low_rank_factors(error_OI, covariance_II=covariance_II, rank=size))
+            low_rank_OI = linear.low_rank_weight()
 
 
 def _input_moments(

@@ -14,7 +14,7 @@ from trl_grpo_ext.reference.completions import CompletionBatch, completion_logit
 from trl_grpo_ext.reference.modes import evaluating
 from trl_grpo_ext.reference.quantized import QuantizedLinear
 
-LEARNING_RATE = 3e-4  # of Adam at the first step; it falls to 0 along a cosine
+LEARNING_RATE = 1e-4  # of Adam at the first step; it falls to 0 along a cosine
 
 
 def distill(

@@ -179,10 +179,15 @@ class QuantizedLinear(FrozenBuffers):
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the weight that the layer multiplies with: dequantized, plus low rank."""
-        if self.factor_in is None or self.factor_out is None:
+        if not self.has_low_rank:
             return self.dequantized_weight(dtype)
-        low_rank = self.factor_out.float() @ self.factor_in.float()
-        return self.dequantized_weight(torch.float32).add_(low_rank).to(dtype)
+        return self.dequantized_weight(torch.float32).add_(self.low_rank_weight()).to(dtype)
+
+    def low_rank_weight(self) -> Tensor:
+        """Return the product of the factors, which it must have: float32, as the weight."""
+        assert self.factor_in is not None
+        assert self.factor_out is not None
+        return self.factor_out.float() @ self.factor_in.float()
 
     def scales(self) -> Tensor:
         """Return the scale of each block as the kernel applies it, the second rounding undone.

@@ -22,8 +22,8 @@ def round_with_feedback(
 ) -> Tensor:
     r"""Return the code of each weight that changes the outputs on typical inputs least.
 
-    Column after column is rounded to the nearest level, and its error is made up for in the columns
-    that are not rounded yet: a greedy minimum of
+    Column after column, those of the largest inputs first, is rounded to the nearest level, and its
+    error is made up for in the columns that are not rounded yet: a greedy minimum of
 
     .. math:: \mathrm{tr}\,(W - \hat W)\, C\, (W - \hat W)^T, \quad C = E[x x^T]
 
@@ -39,7 +39,8 @@ def round_with_feedback(
         the identity they are those of rounding to nearest.
 
     References:
-        Frantar et al. 2022, GPTQ, algorithm 1, arXiv:2210.17323.
+        Frantar et al. 2022, GPTQ, algorithm 1, arXiv:2210.17323; the order of the columns is the
+        ``act-order`` of its code.
 
     Example:
         >>> levels, ones = torch.tensor([-1.0, 0.0, 1.0]), torch.ones(1, 2)
@@ -51,10 +52,12 @@ def round_with_feedback(
         >>> levels[codes.long()]
         tensor([[0., 1.]])
     """
-    feedback_II = _feedback(covariance_II, damping)
+    largest_first_I = covariance_II.diagonal().argsort(descending=True, stable=True)
+    feedback_II = _feedback(covariance_II[largest_first_I][:, largest_first_I], damping)
     ordered, order = levels.float().sort()
     borders = (ordered[1:] + ordered[:-1]) / 2
-    rest_OI, scales_OI = weight_OI.float().clone(), scales_OI.float()
+    rest_OI = weight_OI[:, largest_first_I].float()  # a copy
+    scales_OI = scales_OI[:, largest_first_I].float()
     places_OI = torch.empty(rest_OI.shape, dtype=torch.long, device=rest_OI.device)
     for start in range(0, rest_OI.shape[1], _PANEL):
         panel = slice(start, start + _PANEL)
@@ -63,7 +66,9 @@ def round_with_feedback(
         )
         after = slice(start + _PANEL, None)
         rest_OI[:, after] -= errors_OK @ feedback_II[panel, after]
-    return order[places_OI].to(torch.uint8)
+    codes_OI = torch.empty(rest_OI.shape, dtype=torch.uint8, device=rest_OI.device)
+    codes_OI[:, largest_first_I] = order[places_OI].to(torch.uint8)
+    return codes_OI
 
 
 def _round_panel(
