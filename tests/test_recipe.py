@@ -94,7 +94,7 @@ def test_every_yaml_has_only_options_that_exist(
         arguments += ["--num_eval_prompts", "4"]
     recipe = read_recipe(arguments)
     assert recipe.training.beta > 0
-    assert recipe.training.reference == "quantized"
+    assert recipe.training.reference == keys["reference"]
 
 
 def test_recipe_command_line_wins_over_yaml(write: Any) -> None:
