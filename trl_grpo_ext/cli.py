@@ -119,8 +119,9 @@ def plan(
         bool, typer.Option(help="Store scales in 8 bits.")
     ] = True,
     reference_rank: Annotated[
-        int, typer.Option(help="Of the low-rank factors beside each matrix; 0 for none.")
-    ] = 32,
+        int | None,
+        typer.Option(help="Of the low-rank factors; 32 for 4 bits and 0 for 8 if not given."),
+    ] = None,
     reference_embedding_bits: Annotated[
         int, typer.Option(help="8, or 16 for those of the policy.")
     ] = 16,

@@ -22,6 +22,11 @@ _VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _usual_rank(quantization: str) -> int:
+    """What `ExtGRPOConfig` takes without `reference_rank`."""
+    return 0 if quantization == "int8" else 32
+
+
 def settings_of(
     *,
     model: str,
@@ -40,7 +45,7 @@ def settings_of(
     reference_quantization: str,
     reference_block_size: int,
     reference_double_quantization: bool,
-    reference_rank: int,
+    reference_rank: int | None,
     reference_embedding_bits: int,
     reward: str,
     ppo: bool,
@@ -78,7 +83,7 @@ def settings_of(
             quantization=reference_quantization,  # type: ignore[arg-type]  # one of _VALUES
             block_size=reference_block_size,
             double_quantization=reference_double_quantization,
-            rank=reference_rank,
+            rank=_usual_rank(reference_quantization) if reference_rank is None else reference_rank,
             embedding_bits=8 if reference_embedding_bits == 8 else None,
         ),
         reward_parameters=_reward_parameters(reward, policy=model),
