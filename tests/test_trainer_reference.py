@@ -159,7 +159,7 @@ def test_a_run_trains_against_each_form_of_it(
     trainer = ext_trainer(tiny_model_dir, tmp_path, max_steps=2, **changes)
     history, _ = train(trainer)
     assert all(math.isfinite(value) for value in series(history, "kl"))
-    assert 0 < series(history, "reference/kl_floor")[0] < 0.2
+    assert 0 < series(history, "reference/kl_floor_full")[0] < 0.2  # k3 may round to 0 here
     layer = trainer.ref_model.model.layers[0].mlp.up_proj
     assert layer.has_low_rank == (changes.get("reference_quantization") != "int8")
     if "reference_bits" in changes:
