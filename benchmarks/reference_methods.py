@@ -20,15 +20,20 @@ from transformers import PreTrainedModel
 from trl_grpo_ext.cpu_linear import product, use_onednn
 from trl_grpo_ext.layerwise import LayerCall, call_each, decoder_layers, run_layerwise
 from trl_grpo_ext.reference import CompletionBatch, QuantizedLinear, build_reference, calibrate
-from trl_grpo_ext.reference.calibration import _input_moments, _recorded_inputs, _rows, _weight
+from trl_grpo_ext.reference.calibration import (
+    _compensate,
+    _input_moments,
+    _recorded_inputs,
+    _rows,
+    _weight,
+)
 from trl_grpo_ext.reference.completions import completion_logits
 from trl_grpo_ext.reference.low_rank import low_rank_factors
-from trl_grpo_ext.reference.rounding import damped, round_with_feedback
+from trl_grpo_ext.reference.rounding import damped
 
 Batches = Sequence[CompletionBatch]
 Method = Callable[[QuantizedLinear, Tensor, Tensor], None]  # layer, weight (O, I), moments (I, I)
 
-ROUNDS = 3  # of rounding and low rank in turn
 FISHER_ROWS = 32  # completions that sensitivities are measured on
 ASYMMETRY_DAMPING = 0.1  # [share of the mean variance]
 
@@ -66,27 +71,11 @@ def covariance(policy: PreTrainedModel, batches: Batches, rank: int) -> PreTrain
 # Error-feedback rounding and low rank, as in the package, with one thing changed ------------------
 
 
-def iterated(policy: PreTrainedModel, batches: Batches, rank: int) -> PreTrainedModel:
-    """Rounding what low rank leaves, in turns: Saha et al. 2024, CALDERA, arXiv:2405.18886."""
+def one_turn(policy: PreTrainedModel, batches: Batches, rank: int) -> PreTrainedModel:
+    """Rounding, then low rank of what is left, once; the package does so in turns."""
 
     def method(linear: QuantizedLinear, weight_OI: Tensor, moments_II: Tensor) -> None:
-        target_OI = weight_OI.float()
-        for _ in range(ROUNDS):
-            _round(linear, target_OI, moments_II)
-            _set_low_rank(linear, weight_OI, moments_II, rank)
-            low_rank_OI = linear.effective_weight(torch.float32) - linear.dequantized_weight(
-                torch.float32
-            )
-            target_OI = weight_OI.float() - low_rank_OI
-
-    return calibrated(policy, batches, method)
-
-
-def ordered(policy: PreTrainedModel, batches: Batches, rank: int) -> PreTrainedModel:
-    """The columns of large inputs rounded first: GPTQ's `act-order`, with the scales in place."""
-
-    def method(linear: QuantizedLinear, weight_OI: Tensor, moments_II: Tensor) -> None:
-        _round(linear, weight_OI, moments_II, order_I=moments_II.diagonal().argsort().flip(0))
+        _compensate(linear, weight_OI, moments_II, rank=0)
         _set_low_rank(linear, weight_OI, moments_II, rank)
 
     return calibrated(policy, batches, method)
@@ -103,9 +92,8 @@ def rotated(policy: PreTrainedModel, batches: Batches, rank: int) -> PreTrainedM
 
     def method(linear: QuantizedLinear, weight_OI: Tensor, moments_II: Tensor) -> None:
         turn_II = cast(RotatedLinear, linear).turn_II
-        weight_OI, moments_II = weight_OI.float() @ turn_II, turn_II.T @ moments_II @ turn_II
-        _round(linear, weight_OI, moments_II)
-        _set_low_rank(linear, weight_OI, moments_II, rank)
+        moments_II = turn_II.T @ moments_II @ turn_II
+        _compensate(linear, weight_OI.float() @ turn_II, moments_II, rank=rank)
 
     return calibrated(policy, batches, method, reference=reference)
 
@@ -162,8 +150,7 @@ def asymmetric(policy: PreTrainedModel, batches: Batches, rank: int) -> PreTrain
             inverse_II = torch.linalg.inv(damped(moments_II, ASYMMETRY_DAMPING))
             change_II = (cross_II.double() - moments_II.double()) @ inverse_II
             weight_OI = (weight_OI + weight_OI @ change_II).float()
-            _round(linear, weight_OI, moments_II)
-            _set_low_rank(linear, weight_OI, moments_II, rank)
+            _compensate(linear, weight_OI, moments_II, rank=rank)
         for at, call in enumerate(own):
             hidden = call.run(sources[index])
             own[at] = call._replace(args=(hidden, *call.args[1:]))
@@ -295,25 +282,6 @@ def _quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
 
-def _round(
-    linear: QuantizedLinear,
-    weight_OI: Tensor,
-    moments_II: Tensor,
-    *,
-    order_I: Tensor | None = None,
-) -> None:
-    """Choose the codes by error feedback, column after column in this order."""
-    order_I = torch.arange(len(moments_II)) if order_I is None else order_I
-    scales = linear.scales().repeat_interleave(linear.block_size)[: linear.num_weights]
-    codes_OI = round_with_feedback(
-        weight_OI[:, order_I],
-        covariance_II=moments_II[order_I][:, order_I],
-        scales_OI=scales.view(weight_OI.shape)[:, order_I],
-        levels=linear.levels,
-    )
-    linear.set_codes(codes_OI[:, order_I.argsort()])
-
-
 def _set_low_rank(
     linear: QuantizedLinear, weight_OI: Tensor, moments_II: Tensor, rank: int
 ) -> None:
@@ -325,8 +293,7 @@ METHODS: dict[str, Callable[[PreTrainedModel, Batches, int], PreTrainedModel]] =
     "svd": svd,
     "diagonal": diagonal,
     "covariance": covariance,
-    "ordered": ordered,
-    "iterated": iterated,
+    "one_turn": one_turn,
     "asymmetric": asymmetric,
     "rotated": rotated,
     "mixed": mixed,
