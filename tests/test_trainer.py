@@ -483,4 +483,10 @@ def test_trainer_refuses_a_reference_for_a_policy_that_is_loaded_quantized(tmp_p
 
 
 def test_trainer_has_the_constructor_of_trl() -> None:
-    assert inspect.signature(ExtGRPOTrainer) == inspect.signature(GRPOTrainer)
+    *parameters, added = inspect.signature(ExtGRPOTrainer).parameters.values()
+    assert parameters == list(inspect.signature(GRPOTrainer).parameters.values())
+    assert (added.name, added.kind, added.default) == (
+        "compute_metrics",
+        inspect.Parameter.KEYWORD_ONLY,
+        None,
+    )

@@ -12,6 +12,8 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from trl_grpo_ext.advantages import STD_EPS, AdvantageBaseline, RewardAggregation, RewardScale
 from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.evaluation.options import EvaluationOptions
+from trl_grpo_ext.log_options import LogOptions
 from trl_grpo_ext.losses import (
     LOSS_TYPE_REDUCTIONS,
     ImportanceLevel,
@@ -27,6 +29,7 @@ from trl_grpo_ext.reference.options import (
     reference_problems,
 )
 from trl_grpo_ext.reference.quantized import QuantizationType
+from trl_grpo_ext.robustness import RobustnessOptions
 from trl_grpo_ext.sampling.settings import generation_keys, unsupported_generation_keys
 
 GroupSampler = Literal["auto", "shared_prefill", "continuous_batching", "vllm", "transformers"]
@@ -35,7 +38,7 @@ OldLogprobs = Literal["sampler", "recompute"]
 
 
 @dataclass
-class ExtensionOptions(ReferenceOptions):
+class ExtensionOptions(ReferenceOptions, EvaluationOptions, RobustnessOptions, LogOptions):
     """What this package adds to ``trl.GRPOConfig``.
 
     With the defaults, given completions get the log-probabilities, losses and gradients of plain
@@ -43,7 +46,10 @@ class ExtensionOptions(ReferenceOptions):
     numbers. Two things differ: groups of equal rewards teach exactly nothing, and rewards that are
     NaN or infinite are left out.
 
-    Those of the reference are in :class:`~trl_grpo_ext.reference.options.ReferenceOptions`.
+    Those of a subject stand with it: :class:`~trl_grpo_ext.reference.options.ReferenceOptions`,
+    :class:`~trl_grpo_ext.evaluation.options.EvaluationOptions`,
+    :class:`~trl_grpo_ext.robustness.RobustnessOptions` and
+    :class:`~trl_grpo_ext.log_options.LogOptions`.
     """
 
     extensions: bool = field(

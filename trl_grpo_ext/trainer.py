@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import GRPOTrainer
 
-from trl_grpo_ext._trl.seams import KLInputs, SeamedGRPOTrainer
+from trl_grpo_ext._trl.resume import ResumeSeams
+from trl_grpo_ext._trl.seams import KLInputs
 from trl_grpo_ext.advantages import (
     RewardAggregation,
     RewardScale,
@@ -46,8 +47,21 @@ logger = logging.get_logger(__name__)
 _LONG_GENERATION = 256  # [tokens] a completion may have, from where on a bar shows the progress
 
 
-class ExtGRPOTrainer(SeamedGRPOTrainer):
+def _with_compute_metrics(signature: inspect.Signature) -> inspect.Signature:
+    parameter = inspect.Parameter(
+        "compute_metrics",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation="Callable[[EvalGroups], dict[str, float]] | None",
+    )
+    return signature.replace(parameters=[*signature.parameters.values(), parameter])
+
+
+class ExtGRPOTrainer(ResumeSeams):
     """A drop-in replacement of ``trl.GRPOTrainer``: the same constructor, every option kept.
+
+    One argument is added, keyword-only: ``compute_metrics``, a function from the groups of an
+    evaluation (:class:`~trl_grpo_ext.evaluation.EvalGroups`) to more metrics of it.
 
     ``args`` is an :class:`~trl_grpo_ext.config.ExtGRPOConfig`; a plain ``trl.GRPOConfig`` works too
     and means the defaults of :class:`~trl_grpo_ext.config.ExtensionOptions`.
@@ -60,7 +74,7 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
         Shao et al. 2024, DeepSeekMath, section 4, arXiv:2402.03300.
     """
 
-    __signature__ = inspect.signature(GRPOTrainer)
+    __signature__ = _with_compute_metrics(inspect.signature(GRPOTrainer))
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         _check_before_loading(self.__signature__.bind(*args, **kwargs).arguments)
@@ -98,7 +112,7 @@ class ExtGRPOTrainer(SeamedGRPOTrainer):
     def sample_completions(
         self, model: PreTrainedModel, prompts: list[list[int]], keys: list[CompletionKey], step: int
     ) -> list[Completion]:
-        """Return one completion a prompt; see :class:`SeamedGRPOTrainer`."""
+        """Return one completion a prompt; see :class:`ResumeSeams`."""
         settings = self.sampling_settings(model)
         long = settings.max_new_tokens >= _LONG_GENERATION
         progress = long and not self.args.disable_tqdm and self.is_local_process_zero()

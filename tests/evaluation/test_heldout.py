@@ -389,7 +389,7 @@ def main(folder: Path, out: Path) -> None:
     """One of two processes: evaluate, and write what came back."""
     counted = MagicMock(wraps=group_sample)
     accelerator = Accelerator(cpu=True)
-    with patch("trl_grpo_ext.evaluation.group_sample", counted):
+    with patch("trl_grpo_ext.evaluation.heldout.group_sample", counted):
         results = evaluate_prompts(folder, accelerator=accelerator)
     found = {"results": results, "num_batches": counted.call_count}
     (out / f"{accelerator.process_index}.json").write_text(json.dumps(found))

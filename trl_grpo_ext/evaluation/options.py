@@ -1,0 +1,10 @@
+"""The options of evaluation during training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class EvaluationOptions:
+    """How ``trainer.evaluate()`` measures."""
