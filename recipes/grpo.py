@@ -27,11 +27,8 @@ from trl_grpo_ext.data import Task, load_task
 from trl_grpo_ext.evaluation import Accuracy, evaluate_accuracy
 from trl_grpo_ext.model_cache import prepare_model
 from trl_grpo_ext.recipe import (
-    EXIT_INTERRUPTED,
-    InterruptCallback,
     Recipe,
     compare_replies,
-    how_to_resume,
     minutes_since_start,
     run_recipe,
 )
@@ -42,17 +39,13 @@ from trl_grpo_ext.rewards import build_rewards
 def run(recipe: Recipe) -> int:
     """Measure, train, measure, write everything to the output folder; return the exit code."""
     task = load_task(recipe.task)
-    interrupt = InterruptCallback()
-    trainer = build_trainer(recipe, task, interrupt)
+    trainer = build_trainer(recipe, task)
     before = measure(trainer, recipe, task)
     trainer.accelerator.print(f"Accuracy before: {before}")
     trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
-    output_dir = Path(recipe.training.output_dir)
-    if interrupt.interrupted:
-        trainer.accelerator.print(how_to_resume(output_dir))
-        return EXIT_INTERRUPTED
     after = measure(trainer, recipe, task)
     trainer.accelerator.print(f"Accuracy after: {after}")
+    output_dir = Path(recipe.training.output_dir)
     trainer.save_model(str(output_dir))
     if trainer.accelerator.is_main_process:
         report = write_report(
@@ -68,7 +61,7 @@ def run(recipe: Recipe) -> int:
     return 0
 
 
-def build_trainer(recipe: Recipe, task: Task, interrupt: InterruptCallback) -> ExtGRPOTrainer:
+def build_trainer(recipe: Recipe, task: Task) -> ExtGRPOTrainer:
     """Return the trainer; the main process of each machine prepares the model first."""
     with PartialState().local_main_process_first():
         model = prepare_model(
@@ -95,7 +88,6 @@ def build_trainer(recipe: Recipe, task: Task, interrupt: InterruptCallback) -> E
             padding_side="left",
             trust_remote_code=recipe.training.trust_remote_code,
         ),
-        callbacks=[interrupt],
         quantization_config=get_quantization_config(recipe.model),
         peft_config=get_peft_config(recipe.model),
     )

@@ -15,13 +15,10 @@ from typing import Any
 import pandas
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.recipe import (
-    EXIT_INTERRUPTED,
-    InterruptCallback,
-    how_to_resume,
     read_recipe,
     set_cpu_threads,
 )
@@ -185,31 +182,6 @@ def test_set_cpu_threads_shares_the_cores_only_where_the_launcher_left_one(
     assert chosen == [4, 1]
 
 
-def test_interrupt_callback_saves_and_stops_after_ctrl_c(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    callback, control = InterruptCallback(), TrainerControl()
-    before = signal.getsignal(signal.SIGINT)
-    callback.on_train_begin(None, None, control)
-    callback.on_step_end(None, None, control)
-    assert not control.should_training_stop
-    os.kill(os.getpid(), signal.SIGINT)
-    callback.on_step_end(None, None, control)
-    assert control.should_save
-    assert control.should_training_stop
-    assert callback.interrupted
-    assert "saving a checkpoint" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is before  # a second Ctrl-C ends at once
-    callback.on_train_end(None, None, control)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_how_to_resume_names_the_newest_checkpoint(tmp_path: Path) -> None:
-    for step in (3, 12):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    assert how_to_resume(tmp_path).endswith(f"--resume_from_checkpoint {tmp_path}/checkpoint-12")
-
-
 # The script itself ----------------------------------------------------------------------------
 
 
@@ -285,12 +257,11 @@ def test_grpo_recipe_saves_on_ctrl_c_and_resumes(write: Any, tmp_path: Path) -> 
         lines += process.stdout.readlines()
     output = "".join(lines)
     assert process.returncode != 0
-    assert f"exit status {EXIT_INTERRUPTED}" in output
-    assert "finishing this step, then saving a checkpoint" in output
-    checkpoint = re.search(r"--resume_from_checkpoint (\S+)", output)[1]
-    step = int(checkpoint.rpartition("-")[2])
+    assert "exit status 130" in output
+    assert "SIGINT: stopping at the next safe point, then saving a checkpoint" in output
+    step = int(re.search(r"Saved \S+/checkpoint-(\d+)", output)[1])
     assert 1 <= step < 300
-    goal = ["--max_steps", str(step + 2), "--resume_from_checkpoint", checkpoint]
+    goal = ["--max_steps", str(step + 2), "--resume_from_checkpoint", "last-good"]
     done = run([*arguments, *goal])
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == step + 2

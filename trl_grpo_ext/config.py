@@ -192,6 +192,12 @@ def configuration_problems(config: GRPOConfig) -> Iterator[str]:
         yield problem
     yield from _sampler_problems(config, options)
     yield from _options_in_vain(config, options)
+    if options.extensions and config.enable_jit_checkpoint:
+        yield (
+            "`enable_jit_checkpoint` is true, but this trainer saves on SIGTERM and Ctrl-C by "
+            "itself, and exactly; two handlers would get in each other's way. Set "
+            "`enable_jit_checkpoint: false`."
+        )
     plugin = getattr(config, "deepspeed_plugin", None)
     yield from reference_problems(
         options,

@@ -42,6 +42,10 @@ class ReferenceModelError(ExtGRPOError, ValueError):
     """A reference model of the requested kind cannot be built for this policy."""
 
 
+class CheckpointError(ExtGRPOError, OSError):
+    """A checkpoint could not be written, or cannot be resumed from."""
+
+
 class LayerOrderError(ExtGRPOError, ValueError):
     """A model does not run its decoder layers once each, in order."""
 

@@ -11,17 +11,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import psutil
 import torch
 import yaml
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser
 
+from trl_grpo_ext.checkpointing import LAST_GOOD
 from trl_grpo_ext.config import ExtGRPOConfig
 from trl_grpo_ext.data import Task, TaskArguments, load_task, task_problems
 from trl_grpo_ext.errors import ConfigurationError, ExtGRPOError
@@ -31,8 +29,6 @@ from trl_grpo_ext.memory import ReferenceKind as MemoryReference
 from trl_grpo_ext.model_cache import load_model_config, model_problems
 from trl_grpo_ext.reference.options import ReferenceSettings
 from trl_grpo_ext.report import Example
-
-EXIT_INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
 
 _NUM_EXAMPLES = 6
 _LAUNCHER_THREADS = "1"  # what `accelerate launch` sets OMP_NUM_THREADS to unless told otherwise
@@ -209,52 +205,6 @@ def _longest_prompt(task: Task) -> int:
     return max(sum(len(str(message["content"])) for message in p) for p in prompts) // 3 + 16
 
 
-class InterruptCallback(TrainerCallback):
-    """On Ctrl-C, finish the step, save a checkpoint and stop; a second Ctrl-C stops at once.
-
-    Attributes:
-        interrupted: Whether Ctrl-C was pressed.
-    """
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self._previous: Any = signal.default_int_handler
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Listen for Ctrl-C."""
-        self._previous = signal.signal(signal.SIGINT, self._interrupt)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Ask the trainer to save and to stop if Ctrl-C was pressed in any process."""
-        if self._anywhere():
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Give Ctrl-C back."""
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-        self.interrupted = True
-        sys.stderr.write(
-            "\nInterrupted: finishing this step, then saving a checkpoint. Press Ctrl-C again to "
-            "stop at once.\n"
-        )
-
-    def _anywhere(self) -> bool:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            flags: list[bool] = [False] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(flags, self.interrupted)
-            self.interrupted = any(flags)
-        return self.interrupted
-
-
 def set_cpu_threads(num_threads: int | None) -> None:
     """Give torch its CPU threads: as asked, or all cores where the launcher left it a single one.
 
@@ -295,15 +245,6 @@ def compare_replies(held_out: Dataset, before: Accuracy, after: Accuracy) -> lis
 def minutes_since_start() -> float:
     """Return the minutes since this process was started, imports included."""
     return float(time.time() - psutil.Process().create_time()) / 60
-
-
-def how_to_resume(output_dir: Path) -> str:
-    """Return what to tell a user whose run stopped after it saved a checkpoint."""
-    checkpoint = get_last_checkpoint(str(output_dir))
-    return (
-        f"Saved {checkpoint}. To go on, run the same command with "
-        f"--resume_from_checkpoint {checkpoint}"
-    )
 
 
 def _parsed(arguments: list[str], problems: list[str]) -> tuple[Any, ...]:
@@ -353,10 +294,10 @@ def _recipe_problems(run: RunArguments, task: TaskArguments, model: ModelConfig)
 
 def _training_problems(model: ModelConfig, training: ExtGRPOConfig) -> Iterator[str]:
     checkpoint = training.resume_from_checkpoint
-    if checkpoint is not None and not Path(checkpoint).is_dir():
+    if checkpoint not in (None, LAST_GOOD) and not Path(str(checkpoint)).is_dir():
         yield (
             f"`resume_from_checkpoint` is {checkpoint!r}, which is not a folder. Name a "
-            "checkpoint-N folder of the run."
+            f"checkpoint-N folder of the run, or {LAST_GOOD} for its newest whole one."
         )
     if training.reward_weights is not None:
         yield (

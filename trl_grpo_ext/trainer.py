@@ -119,7 +119,13 @@ class ExtGRPOTrainer(ResumeSeams):
         if self.group_sampler == "continuous_batching":
             from trl_grpo_ext.sampling.continuous_batching import sample_continuously
 
-            return sample_continuously(model, prompts, settings=settings, progress=progress)
+            return sample_continuously(
+                model,
+                prompts,
+                settings=settings,
+                should_stop=self.is_asked_to_stop,
+                progress=progress,
+            )
         return sample_completions(
             model,
             prompts,
@@ -128,6 +134,7 @@ class ExtGRPOTrainer(ResumeSeams):
             seed=self.args.seed,
             step=step,
             max_live_tokens=self.options.max_live_tokens,
+            should_stop=self.is_asked_to_stop,
             progress=progress,
         )
 

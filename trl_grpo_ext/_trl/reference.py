@@ -17,7 +17,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer import grpo_trainer
 from trl.trainer.callbacks import SyncRefModelCallback
 
@@ -73,16 +72,17 @@ class ReferenceSeams(LogprobSeams):
         **kwargs: Any,
     ) -> Any:
         """Train; a resumed run has the reference that it started with."""
-        if self.reference_keeper is not None and resume_from_checkpoint:
-            checkpoint = (
-                get_last_checkpoint(self.args.output_dir)
-                if resume_from_checkpoint is True
-                else resume_from_checkpoint
-            )
-            if checkpoint is not None:
-                self.reference_keeper.resume(Path(checkpoint), self.bare_reference)
+        if self.reference_keeper is not None and isinstance(resume_from_checkpoint, str):
+            self.reference_keeper.resume(Path(resume_from_checkpoint), self.bare_reference)
         self.log_fidelity()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Note in each checkpoint which reference it goes with."""
+        super()._save_checkpoint(model, trial)
+        if self.reference_keeper is not None and self.is_world_process_zero():
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            self.reference_keeper.note_in(folder, self.bare_reference)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write TRL's model card, with how faithful the reference was."""
@@ -117,19 +117,10 @@ class ReferenceSeams(LogprobSeams):
 
 
 class ReferenceCallback(TrainerCallback):
-    """Notes the reference in each checkpoint, and moves it where ``sync_ref_model`` asks for it."""
+    """Moves the reference where ``sync_ref_model`` asks for it."""
 
     def __init__(self, trainer: ReferenceSeams) -> None:
         self._trainer = trainer
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Note in the checkpoint which reference it goes with."""
-        keeper = self._trainer.reference_keeper
-        if keeper is not None and state.is_world_process_zero:
-            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            keeper.note_in(checkpoint, self._trainer.bare_reference)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,9 +1,338 @@
-"""TRL's trainer with exact resume."""
+"""TRL's trainer with exact resume: a run that was ended goes on as if it had not been.
+
+transformers saves weights, optimizer, schedule and random numbers. What is added is where the run
+was inside a generation: the buffered batch, its place, pending logs, the order of the prompts. A
+run that is stopped by a signal saves the state of the last optimizer boundary, and with it what was
+generated since.
+"""
 
 from __future__ import annotations
 
-from trl_grpo_ext._trl.guards import GuardSeams
+import dataclasses
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from trl_grpo_ext._trl.stopping import StoppingSeams, StopRequested
+from trl_grpo_ext.checkpointing import LAST_GOOD, checkpoint_to_resume
+from trl_grpo_ext.errors import CheckpointError
+from trl_grpo_ext.randomness import random_state, set_random_state
+from trl_grpo_ext.sampling import Completion
+from trl_grpo_ext.signals import StopSignals, TrainingInterrupted
+
+logger = logging.get_logger(__name__)
+
+_RUN_STATE = "run_state_{}.pt"  # of each process
+_LOG_COLUMNS = ("prompt", "completion", "advantages")
+_LOG_TABLES = ("rewards", "extra")
+_COUNTS = ("num_skipped", "num_skipped_in_a_row")
 
 
-class ResumeSeams(GuardSeams):
+class ResumeSeams(StoppingSeams):
     """``trl.GRPOTrainer`` whose resumed run is the run that was ended."""
+
+    _buffered_inputs: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Of this run since its last optimizer step, for a checkpoint if it is stopped:
+        self._boundary: dict[str, Any] | None = None  # as it was then
+        self._ahead: dict[str, Any] | None = None  # as it was when it had generated
+        self._turns: list[dict[str, Any]] = []  # what was sampled
+        self._stopped_state: dict[str, Any] | None = None
+        # Of the run that is resumed:
+        self._resumed: dict[str, Any] | None = None
+        self._random_to_set: dict[str, Any] | None = None
+        self._random_after_evaluation: dict[str, Any] | None = None
+        super().__init__(*args, **kwargs)
+        if self.extended:
+            self.add_callback(_RestoreCallback(self))
+
+    # Train ----------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,  # noqa: FBT001 - transformers' signature
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Train, or go on with a run that was ended.
+
+        Args:
+            resume_from_checkpoint: A folder; or ``"last-good"`` (or true) for the newest whole
+                checkpoint of ``output_dir``. With ``"last-good"``, a run without one starts anew.
+            *args: As in ``transformers.Trainer``.
+            **kwargs: As in ``transformers.Trainer``.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, there is none, or one could not be written.
+            TrainingInterrupted: SIGTERM or Ctrl-C came, and the state was saved.
+        """
+        if not self.extended:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        self._boundary, self.last_saved_step = None, None
+        self._resumed = None if checkpoint is None else self._read_run_state(Path(checkpoint))
+        with StopSignals() as self._signals:
+            try:
+                return super().train(checkpoint, *args, **kwargs)
+            except StopRequested:
+                raise self._interrupted() from None
+            finally:
+                self._signals = None
+
+    def _checkpoint_to_resume(
+        self,
+        asked: str | bool | None,  # noqa: FBT001 - what `train` was given
+    ) -> str | None:
+        """The folder to resume from, checked by the main process for all."""
+        found: list[Any] = [None]
+        if self.is_world_process_zero():
+            try:
+                found = [checkpoint_to_resume(asked, Path(str(self.args.output_dir)))]
+            except CheckpointError as error:
+                found = [error]
+        broadcast_object_list(found)
+        if isinstance(found[0], CheckpointError):
+            raise found[0]
+        return cast(str | None, found[0])
+
+    def _interrupted(self) -> TrainingInterrupted:
+        """Save the state of the last boundary; return the exception that ends the program."""
+        self.is_in_train = False
+        received = self._signals.received if self._signals is not None else 0
+        local = torch.tensor([received], device=self.accelerator.device)
+        number = int(self.accelerator.gather(local).max())  # it may have come to another process
+        saved = self._save_boundary()
+        if self.is_world_process_zero():
+            where = f"Saved {saved}" if saved else "It had not begun, so nothing is saved"
+            logger.warning(
+                f"{signal.Signals(number).name} stopped the run after step "
+                f"{self.state.global_step}. {where}. To go on, run the same with "
+                f"`resume_from_checkpoint: {LAST_GOOD}`."
+            )
+        return TrainingInterrupted(number, saved)
+
+    # Boundaries: the run between two optimizer steps ----------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run TRL's step; before the first micro-batch of a step, note the state of the run."""
+        if self._random_to_set is not None:
+            set_random_state(self._random_to_set)
+            self._random_to_set = None
+        if self.extended and self.state.global_step != (self._boundary or {}).get("step"):
+            self._mark_boundary()
+        return super().training_step(*args, **kwargs)
+
+    def _mark_boundary(self, **more: Any) -> None:
+        now = {"step": self.state.global_step, "random": random_state()}
+        self._boundary = self._run_state() | now | more
+        self._ahead, self._turns = None, []
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        if not self.extended or self._mode != "train" or self._signals is None:
+            return super()._prepare_inputs(generation_batch)
+        ahead, resumed = None, self._resumed
+        if resumed is not None and (ahead := resumed.pop("ahead", None)) is not None:
+            self._buffered_inputs = resumed.pop("buffer")
+            self._restore(ahead)
+            set_random_state(ahead["random"])
+            inputs = self._buffered_inputs[self._step % cast(int, self.args.steps_per_generation)]
+        elif self._in_generation and self._buffered_inputs is not None:
+            return super()._prepare_inputs(generation_batch)
+        else:
+            inputs = super()._prepare_inputs(generation_batch)
+        self._ahead = self._run_state() | {"random": random_state()}
+        self.stop_if_asked()
+        return inputs
+
+    def keep_completions(self) -> None:
+        """Note what was sampled, so that a run that stops before it is scored has it."""
+        if self._mode == "train" and self._sampled is not None:
+            rows = [dataclasses.astuple(completion) for completion in self._sampled]
+            self._turns.append({"completions": rows, "random": random_state()})
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        turns = self._resumed.get("turns") if self._resumed is not None else None
+        if not turns or self._mode != "train" or not self.samples_itself:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        turn = turns.pop(0)
+        self._sampled = [Completion(*row) for row in turn["completions"]]
+        set_random_state(turn["random"])
+        self.keep_completions()
+        return [completion.ids for completion in self._sampled], None
+
+    @property
+    def _in_generation(self) -> bool:
+        """Whether the next micro-batch is of a generation that is there already."""
+        return self._step % (cast(int, self.args.steps_per_generation) * self.num_iterations) != 0
+
+    # Evaluate -------------------------------------------------------------------------------------
+
+    def _evaluate(
+        self,
+        trial: Any,
+        ignore_keys_for_eval: Any,
+        skip_scheduler: bool = False,  # noqa: FBT001, FBT002 - transformers' signature
+    ) -> dict[str, float]:
+        """Evaluate during training; a run stopped meanwhile evaluates again when it goes on."""
+        if not self.extended or self._signals is None:
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        moment = "start" if skip_scheduler else "step"
+        if moment == "start" and self._resumed is not None and self._due != "start":
+            return {}  # `eval_on_start` is of the start of the run, which was before
+        self._mark_boundary(evaluation=moment, saves=self.control.should_save)
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        self._boundary = None
+        return metrics
+
+    @property
+    def _due(self) -> str | None:
+        """Which evaluation the resumed run was in the middle of."""
+        return None if self._resumed is None else self._resumed["state"].get("evaluation")
+
+    def _evaluate_again(self, state: dict[str, Any]) -> None:
+        """Do what is left of the step: evaluate, and save if it was to be saved."""
+        set_random_state(state["random"])
+        self.control.should_evaluate, self.control.should_save = True, state["saves"]
+        self._maybe_log_save_evaluate(
+            self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, time.time()
+        )
+        self._random_after_evaluation = random_state()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self._random_after_evaluation is None:
+            super()._load_rng_state(checkpoint)
+        else:
+            set_random_state(self._random_after_evaluation)
+
+    # What a checkpoint holds beyond transformers' -------------------------------------------------
+
+    def _run_state(self) -> dict[str, Any]:
+        """The run as it is, beyond what transformers saves, as values without classes."""
+        return {
+            "micro_step": self._step,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "logs": self._plain_logs(),
+            "loss": self._tr_loss.detach().clone(),
+            "last_logged": self._globalstep_last_logged,
+            "num_tokens": self.state.num_input_tokens_seen,
+            "flos": self.current_flos,
+        } | {name: getattr(self, name, 0) for name in _COUNTS}
+
+    def _plain_logs(self) -> dict[str, Any]:
+        if self.reads_images:
+            return {}
+        logs: dict[str, Any] = {name: list(self._logs[name]) for name in _LOG_COLUMNS}
+        for name in _LOG_TABLES:
+            logs[name] = {column: list(values) for column, values in self._logs[name].items()}
+        return logs
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._step = state["micro_step"]
+        self._metrics["train"].clear()
+        for name, values in state["metrics"].items():
+            self._metrics["train"][name].extend(values)
+        logs = state["logs"]
+        for name in _LOG_COLUMNS if logs else ():
+            _refill(self._logs[name], logs[name])
+        for name in _LOG_TABLES if logs else ():
+            for column, values in logs[name].items():
+                _refill(self._logs[name][column], values)
+        self._tr_loss = state["loss"].to(self.args.device)
+        self._globalstep_last_logged = state["last_logged"]
+        self.state.num_input_tokens_seen = state["num_tokens"]
+        for name in _COUNTS:
+            setattr(self, name, state[name])
+
+    def restore_run(self) -> None:
+        """Go back to where the resumed checkpoint was; called when the loop is about to begin."""
+        self._random_to_set = self._random_after_evaluation = None
+        for _ in range(math.floor((self.state.epoch or 0.0) + 1e-9)):
+            next(iter(self._train_sampler), None)  # each epoch's order comes from one generator
+        if self._resumed is None:
+            return
+        state = self._resumed["state"]
+        self._restore(state)
+        if self._resumed.get("ahead") is None:
+            self._buffered_inputs = self._resumed.pop("buffer")
+        if self._due is None:
+            self._random_to_set = state.get("random")
+        elif self._due == "step":
+            self._evaluate_again(state)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._train_sampler
+
+    def _read_run_state(self, checkpoint: Path) -> dict[str, Any] | None:
+        processes = self.accelerator.num_processes
+        path = checkpoint / _RUN_STATE.format(self.accelerator.process_index)
+        if path.is_file():
+            kept = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            if kept["num_processes"] == processes:
+                return cast(dict[str, Any], kept)
+            why = f"it is of a run with {kept['num_processes']} processes, this one has {processes}"
+        else:
+            why = f"it has no {path.name}, so plain TRL wrote it, or a run with fewer processes"
+        logger.warning(
+            f"{checkpoint.name} is resumed as plain TRL does: {why}. Weights and optimizer go on; "
+            "pending generations are drawn anew, so the run is not the undisturbed one."
+        )
+        return None
+
+    def save_run_state(self, folder: Path) -> None:
+        """Write where the run is, or where it was when it is stopped."""
+        state = self._stopped_state or self._state_to_save(self._run_state())
+        torch.save(state, folder / _RUN_STATE.format(self.accelerator.process_index))
+
+    def _state_to_save(self, state: dict[str, Any], **more: Any) -> dict[str, Any]:
+        keeps = self._in_generation or more.get("ahead") is not None
+        return {
+            "num_processes": self.accelerator.num_processes,
+            "state": state,
+            "buffer": self._buffered_inputs if keeps else None,
+        } | more
+
+    def _save_boundary(self) -> str | None:
+        """Save the run as it was after its last optimizer step, with what it generated since."""
+        boundary, final = self._boundary, f"checkpoint-{self.state.global_step}"
+        path = str(Path(self._get_output_dir(None)) / final)
+        new = self._ahead is not None or self._turns
+        if self.last_saved_step == self.state.global_step and not new:
+            return path
+        if boundary is None:
+            return None
+        self.state.num_input_tokens_seen = boundary["num_tokens"]
+        self.current_flos = boundary["flos"]
+        self._step = boundary["micro_step"]
+        turns = self._turns if self._ahead is None else []
+        self._stopped_state = self._state_to_save(boundary, ahead=self._ahead, turns=turns)
+        self._save_checkpoint(self.model_wrapped, None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        return path
+
+
+class _RestoreCallback(TrainerCallback):
+    """Restores a resumed run when transformers has set up its loop."""
+
+    def __init__(self, trainer: ResumeSeams) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go back to where the checkpoint was."""
+        self._trainer.restore_run()
+
+
+def _refill(log: Any, values: list[Any]) -> None:
+    log.clear()
+    log.extend(values)

@@ -1,6 +1,6 @@
 """From prompts to groups of completions with their log-probabilities."""
 
-from trl_grpo_ext.sampling.decoding import Completion, sample_completions
+from trl_grpo_ext.sampling.decoding import Completion, SamplingStopped, sample_completions
 from trl_grpo_ext.sampling.engines import Engine, SamplingNeeds, choose_engine
 from trl_grpo_ext.sampling.group_sampler import GroupSamples, group_sample, token_logprobs
 from trl_grpo_ext.sampling.settings import SamplingSettings, unsupported_generation_keys
@@ -13,6 +13,7 @@ __all__ = [
     "GroupSamples",
     "SamplingNeeds",
     "SamplingSettings",
+    "SamplingStopped",
     "choose_engine",
     "group_sample",
     "sample_completions",

@@ -33,7 +33,12 @@ from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_
 
 from trl_grpo_ext.attention import text_config
 from trl_grpo_ext.memory import kv_cache_bytes
-from trl_grpo_ext.sampling.decoding import Completion, check_prompts, progress_bar
+from trl_grpo_ext.sampling.decoding import (
+    Completion,
+    SamplingStopped,
+    check_prompts,
+    progress_bar,
+)
 from trl_grpo_ext.sampling.settings import SamplingSettings
 
 _PAGE = 256  # tokens a page of the cache; flash attention takes multiples of 256
@@ -61,6 +66,7 @@ def sample_continuously(
     *,
     settings: SamplingSettings,
     on_finished: Callable[[int, Completion], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
     progress: bool = False,
 ) -> list[Completion]:
     """Return one completion for each entry of ``prompts``, sampled by continuous batching.
@@ -82,6 +88,7 @@ def sample_continuously(
         prompts: Token ids, one list a completion.
         settings: What shapes the draw, and when a completion ends.
         on_finished: Called with the index of a completion, and with it, as soon as it ends.
+        should_stop: Asked between tokens; sampling ends when it says yes.
         progress: Whether to show a bar that counts completions.
 
     Returns:
@@ -90,6 +97,7 @@ def sample_continuously(
     Raises:
         ValueError: a prompt is empty or too long for the model, a setting is not honoured, or the
             model cannot be sampled in this way.
+        SamplingStopped: ``should_stop`` said yes.
         RuntimeError: a completion failed, with what stopped the engine as its cause.
     """
     _check(model, prompts, settings)
@@ -109,7 +117,7 @@ def sample_continuously(
             if on_finished is not None:
                 on_finished(index, completion)
 
-        _run(model, requests, settings, seed=seed, finish=finish)
+        _run(model, requests, settings, seed=seed, finish=finish, should_stop=should_stop)
     return [finished[index] for index in range(len(prompts))]
 
 
@@ -213,6 +221,7 @@ def _run(
     *,
     seed: int,
     finish: Callable[[int, Completion], None],
+    should_stop: Callable[[], bool] | None,
 ) -> None:
     """Sample all requests, or raise a ``RuntimeError``."""
     generator: Any = model
@@ -223,7 +232,7 @@ def _run(
     )
     try:
         manager.start()
-        error = _collect(manager, requests, settings, finish)
+        error = _collect(manager, requests, settings, finish, should_stop)
     finally:  # all is sampled by now, or shall not be
         manager.stop(block=True, hard_stop=True)
         manager.destroy()
@@ -236,6 +245,7 @@ def _collect(
     requests: Sequence[_Request],
     settings: SamplingSettings,
     finish: Callable[[int, Completion], None],
+    should_stop: Callable[[], bool] | None,
 ) -> str | None:
     """Hand every completion over as it ends; return what went wrong."""
     waiting: dict[str, int] = {}
@@ -245,6 +255,8 @@ def _collect(
         waiting.update(request.index_by_name())
     total = len(waiting)
     while waiting:
+        if should_stop is not None and should_stop():
+            raise SamplingStopped
         result = manager.get_result(timeout=1.0)
         if result is None:
             if manager.is_running():

@@ -44,6 +44,10 @@ class Completion:
     stopped: bool = False
 
 
+class SamplingStopped(Exception):  # noqa: N818 - not an error: it was asked for
+    """Sampling ended before its completions did, because ``should_stop`` said so."""
+
+
 def progress_bar(total: int, *, shown: bool) -> tqdm[NoReturn]:
     """Return a bar that counts completions."""
     return tqdm(total=total, desc="sampling", unit="completion", disable=not shown, leave=None)
@@ -60,6 +64,7 @@ def sample_completions(
     step: int,
     max_live_tokens: int | None = None,
     on_finished: Callable[[int, Completion], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
     progress: bool = False,
 ) -> list[Completion]:
     """Return one completion for each entry of ``prompts``.
@@ -79,6 +84,7 @@ def sample_completions(
             ``max_new_tokens`` for each completion. What does not fit waits for the next wave. By
             default what fits into the memory of a CUDA device, elsewhere all.
         on_finished: Called with the index of a completion, and with it, as soon as it ends.
+        should_stop: Asked between tokens; sampling ends when it says yes.
         progress: Whether to show a bar that counts completions.
 
     Returns:
@@ -87,6 +93,7 @@ def sample_completions(
     Raises:
         ValueError: a prompt is empty or too long for the model, keys repeat, the model has no
             key-value cache, or one completion needs more than ``max_live_tokens``.
+        SamplingStopped: ``should_stop`` said yes.
     """
     _check(model, prompts, keys, settings)
     if not prompts:
@@ -111,7 +118,13 @@ def sample_completions(
             indices = [index for group in wave for index in group.indices]
             uniforms_BT = uniforms(seed, step, [keys[i] for i in indices], settings.max_new_tokens)
             _sample_wave(
-                model, wave, settings, uniforms_BT=uniforms_BT, shares=shares, finish=finish
+                model,
+                wave,
+                settings,
+                uniforms_BT=uniforms_BT,
+                shares=shares,
+                finish=finish,
+                should_stop=should_stop,
             )
     return [finished[index] for index in range(len(prompts))]
 
@@ -201,6 +214,7 @@ def _sample_wave(
     uniforms_BT: Tensor,
     shares: bool,
     finish: Callable[[int, Completion], None],
+    should_stop: Callable[[], bool] | None,
 ) -> None:
     indices = [index for group in groups for index in group.indices]
     prompts = [group.prompt for group in groups]
@@ -226,6 +240,8 @@ def _sample_wave(
             drawn_B, uniforms_TB = drawn_B[kept], uniforms_TB[:, kept]
             state.keep(kept)
             draw.keep(kept)
+        if should_stop is not None and should_stop():
+            raise SamplingStopped
         draw.extend(drawn_B)
         logits_BV = state.step(drawn_B)
 

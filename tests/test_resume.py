@@ -1,0 +1,347 @@
+"""A run that was ended and resumed is the run that was left alone, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from runs import settings, vowels
+from transformers import Trainer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
+from trl_grpo_ext.checkpointing import damage
+from trl_grpo_ext.errors import CheckpointError
+from trl_grpo_ext.signals import StopSignals, TrainingInterrupted
+
+# 17 prompts, 4 a generation: an epoch has 4 generations of 4 micro-batches, used twice: 16 steps of
+# 2 micro-batches. The logs and the checkpoints fall into each other's middle.
+STEPS = 20
+OPTIONS = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "steps_per_generation": 4,
+    "num_iterations": 2,
+    "max_completion_length": 5,
+    "logging_steps": 3,
+    "save_strategy": "steps",
+    "save_steps": 3,
+}
+ENGINES = ("shared_prefill", "transformers")
+TIMED = ("time", "runtime", "per_second", "train_loss")
+
+
+def build(model: Path, out: Path, reward: Any = vowels, **changes: Any) -> ExtGRPOTrainer:
+    config = ExtGRPOConfig(**settings(out, **OPTIONS | {"output_dir": str(out)} | changes))
+    prompts = Dataset.from_dict({"prompt": [f"{a} + {a} =" for a in range(17)]})
+    evaluated = prompts.select(range(3)) if config.eval_strategy != "no" else None
+    return ExtGRPOTrainer(str(model), reward, config, prompts, evaluated)
+
+
+def outcome(trainer: ExtGRPOTrainer) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """What the run logged, without times, and its weights."""
+    history = [
+        {key: value for key, value in entry.items() if not any(word in key for word in TIMED)}
+        for entry in trainer.state.log_history
+    ]
+    return history, trainer.model.state_dict()
+
+
+def assert_same(trainer: ExtGRPOTrainer, undisturbed: ExtGRPOTrainer) -> None:
+    (history, weights), (expected, wanted) = outcome(trainer), outcome(undisturbed)
+    assert history == expected
+    for name, value in wanted.items():
+        assert torch.equal(weights[name], value), name
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def undisturbed(
+    request: pytest.FixtureRequest, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> ExtGRPOTrainer:
+    """A finished run with all its checkpoints."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    trainer = build(tiny_model_dir, out, group_sampler=request.param)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("step", [3, 9, 18])
+def test_resume_from_a_checkpoint(
+    undisturbed: ExtGRPOTrainer, tiny_model_dir: Path, tmp_path: Path, step: int
+) -> None:
+    """Step 3: within a generation and between logs; 9: in a generation's reuse; 18: epoch 2."""
+    sampler = undisturbed.options.group_sampler
+    trainer = build(tiny_model_dir, tmp_path, group_sampler=sampler)
+    trainer.train(f"{undisturbed.args.output_dir}/checkpoint-{step}")
+    assert_same(trainer, undisturbed)
+
+
+def test_resume_at_the_end_of_an_epoch_with_workers(
+    undisturbed: ExtGRPOTrainer, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    options = {"group_sampler": undisturbed.options.group_sampler, "save_steps": 16}
+    options |= {"dataloader_num_workers": 2}
+    alone = build(tiny_model_dir, tmp_path / "alone", **options)
+    alone.train()
+    resumed = build(tiny_model_dir, tmp_path / "resumed", **options)
+    resumed.train(f"{alone.args.output_dir}/checkpoint-16")
+    assert_same(resumed, alone)
+
+
+class Signal:
+    """Sends SIGTERM to this process when it has been called ``at`` times."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.calls = at, 0
+
+    def __call__(self, *_: object, **__: object) -> None:
+        self.calls += 1
+        if self.calls == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class SignalCallback(TrainerCallback):
+    """Sends it at the ``at``-th event of a kind."""
+
+    def __init__(self, event: str, at: int) -> None:
+        setattr(self, event, Signal(at))
+
+
+def interrupted(trainer: ExtGRPOTrainer, *args: Any) -> TrainingInterrupted:
+    with pytest.raises(TrainingInterrupted) as ended:
+        trainer.train(*args)
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    return ended.value
+
+
+def scoring(trainer: ExtGRPOTrainer) -> None:
+    """While the second generation is scored: it is kept."""
+    send = Signal(2)
+    trainer.reward_funcs = [lambda **kw: (send(), vowels(**kw))[1]]
+
+
+def sampling(trainer: ExtGRPOTrainer) -> None:
+    """Between two tokens of the first generation."""
+    trainer.model.register_forward_hook(Signal(3))
+
+
+def between_micro_batches(trainer: ExtGRPOTrainer) -> None:
+    """With half a step's gradients there, of the first use of a generation."""
+    trainer.add_callback(SignalCallback("on_substep_end", 5))
+
+
+def after_a_step(trainer: ExtGRPOTrainer) -> None:
+    """Within the reuse of a generation, and in the second epoch."""
+    trainer.add_callback(SignalCallback("on_step_end", 18))
+
+
+@pytest.mark.parametrize("when", [scoring, sampling, between_micro_batches, after_a_step])
+def test_sigterm_saves_the_last_boundary(
+    undisturbed: ExtGRPOTrainer,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    when: Callable[[ExtGRPOTrainer], None],
+) -> None:
+    sampler = undisturbed.options.group_sampler
+    trainer = build(tiny_model_dir, tmp_path, group_sampler=sampler)
+    when(trainer)
+    ended = interrupted(trainer)
+    assert damage(Path(ended.checkpoint)) is None
+    resumed = build(tiny_model_dir, tmp_path, group_sampler=sampler)
+    resumed.train("last-good")
+    assert_same(resumed, undisturbed)
+
+
+def test_what_was_scored_is_not_scored_again(tiny_model_dir: Path, tmp_path: Path) -> None:
+    calls = []
+
+    def counted(*, completions: list[str], **_: Any) -> list[float]:
+        calls.append(completions)
+        return vowels(completions=completions)
+
+    alone = build(tiny_model_dir, tmp_path / "alone", counted)
+    alone.train()
+    expected = list(calls)
+    calls.clear()
+    first = build(tiny_model_dir, tmp_path / "ended", counted)
+    between_micro_batches(first)
+    interrupted(first)
+    resumed = build(tiny_model_dir, tmp_path / "ended", counted)
+    resumed.train("last-good")
+    assert_same(resumed, alone)
+    assert calls == expected
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_interrupted_twice_and_with_kept_completions(
+    tiny_model_dir: Path, tmp_path: Path, engine: str
+) -> None:
+    """The second time before the kept generation is used up."""
+    alone = build(tiny_model_dir, tmp_path / "alone", group_sampler=engine)
+    alone.train()
+    for begin in (scoring, lambda t: t.add_callback(SignalCallback("on_substep_end", 1))):
+        trainer = build(tiny_model_dir, tmp_path / "ended", group_sampler=engine)
+        begin(trainer)
+        interrupted(trainer, "last-good")
+    resumed = build(tiny_model_dir, tmp_path / "ended", group_sampler=engine)
+    resumed.train("last-good")
+    assert_same(resumed, alone)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("at", [1, 5])
+def test_interrupted_evaluation_is_done_again(
+    tiny_model_dir: Path, tmp_path: Path, at: int, engine: str
+) -> None:
+    """1: the one before training; 5: the one after step 4, before the checkpoint of that step."""
+    options = {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, "eval_on_start": True}
+    options |= {"max_steps": 6, "per_device_eval_batch_size": 4, "group_sampler": engine}
+    alone = build(tiny_model_dir, tmp_path / "alone", **options)
+    alone.train()
+    send = Signal(at)
+
+    def reward(**columns: Any) -> list[float]:
+        if not trainer.model.training:
+            send()
+        return vowels(**columns)
+
+    trainer = build(tiny_model_dir, tmp_path / "ended", reward, **options)
+    trainer.reward_func_names = ["vowels"]
+    interrupted(trainer)
+    resumed = build(tiny_model_dir, tmp_path / "ended", **options)
+    resumed.train("last-good")
+    assert_same(resumed, alone)
+    steps = sorted(path.name for path in (tmp_path / "ended").glob("checkpoint-*"))
+    assert steps == (["checkpoint-0"] if at == 1 else []) + ["checkpoint-4", "checkpoint-6"]
+
+
+def test_last_good_starts_anew_where_there_is_none(tiny_model_dir: Path, tmp_path: Path) -> None:
+    trainer = build(tiny_model_dir, tmp_path, max_steps=1)
+    assert trainer.train("last-good").global_step == 1
+    with pytest.raises(CheckpointError, match="there is no checkpoint in"):
+        build(tiny_model_dir, tmp_path / "other", max_steps=1).train(resume_from_checkpoint=True)
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    alone = build(tiny_model_dir, tmp_path, max_steps=6)
+    alone.train()
+    (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(b"")
+    resumed = build(tiny_model_dir, tmp_path, max_steps=6)
+    with pytest.raises(CheckpointError, match=r"checkpoint-6 is damaged: optimizer.pt has 0 bytes"):
+        resumed.train(str(tmp_path / "checkpoint-6"))
+    resumed.train("last-good")
+    assert_same(resumed, alone)
+    assert damage(tmp_path / "checkpoint-6") is None
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """Let no file grow beyond: what a full disk looks like to the one who writes."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+
+def test_full_disk_is_an_error_that_leaves_the_last_good_checkpoint(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    steady = {"lr_scheduler_type": "constant"}
+    build(tiny_model_dir, tmp_path, max_steps=3, **steady).train()
+    trainer = build(tiny_model_dir, tmp_path, max_steps=6, **steady)
+    with files_of_at_most(30_000), pytest.raises(CheckpointError) as error:
+        trainer.train("last-good")
+    message = str(error.value)
+    assert "checkpoint-6 could not be written" in message
+    assert "`resume_from_checkpoint: last-good`" in message
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-3"]
+    resumed = build(tiny_model_dir, tmp_path, max_steps=6, **steady)
+    resumed.train("last-good")
+    alone = build(tiny_model_dir, tmp_path / "alone", max_steps=6, **steady)
+    alone.train()
+    assert_same(resumed, alone)
+
+
+@pytest.mark.filterwarnings("ignore:Cannot enable progress bars")
+def test_rotation_push_and_best_model_know_whole_checkpoints_only(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build(
+        tiny_model_dir,
+        tmp_path,
+        save_total_limit=1,
+        eval_strategy="steps",
+        eval_steps=3,
+        max_steps=9,
+        metric_for_best_model="eval_reward",
+        load_best_model_at_end=True,
+        per_device_eval_batch_size=4,
+    )
+    pushed = []
+
+    def push(self: Trainer, folder: str) -> None:
+        pushed.append((Path(folder).name, damage(Path(folder))))
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    trainer.args.push_to_hub = True
+    left = tmp_path / "_unfinished" / "checkpoint-99"
+    left.mkdir(parents=True)
+    trainer.train()
+    assert pushed == [(f"checkpoint-{step}", None) for step in (3, 6, 9)]
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.parent == tmp_path
+    assert damage(best) is None
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == [best.name]
+    text = (best / "trainer_state.json").read_text()
+    assert f'"best_model_checkpoint": "{best}"' in text
+    assert not left.exists()
+
+
+def test_checkpoint_of_plain_trl_is_resumed_as_plain_trl_does(
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = settings(tmp_path, **OPTIONS | {"max_steps": 3, "output_dir": str(tmp_path)})
+    prompts = Dataset.from_dict({"prompt": [f"{a} + {a} =" for a in range(17)]})
+    GRPOTrainer(str(tiny_model_dir), vowels, GRPOConfig(**options), prompts).train()
+    trainer = build(tiny_model_dir, tmp_path, max_steps=4)
+    trainer.train(str(tmp_path / "checkpoint-3"))
+    assert trainer.state.global_step == 4
+    assert "checkpoint-3 is resumed as plain TRL does: it has no run_state_0.pt" in caplog.text
+
+
+def test_the_first_signal_is_a_wish_and_the_second_an_end() -> None:
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with StopSignals() as signals:
+            assert signals.received == 0
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals.received == signal.SIGINT
+            for number in (signal.SIGINT, signal.SIGTERM):
+                assert signal.getsignal(number) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals.received == 0
+    finally:
+        signal.signal(signal.SIGINT, previous)
