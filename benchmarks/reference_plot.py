@@ -21,10 +21,11 @@ LINE = {
     "nf4_rank32": "rank 32",
     "nf4_rank64": "rank 64",
     "int8": "int8",
+    "int8_rounded": "int8, rounded",
 }
 PLAIN = {"nf4": "plain NF4", "fp4": "plain FP4"}
 DISTILLED = {"nf4_rank32_distilled": "distilled"}
-NOT_DRAWN = ("resident", "streamed", "nf4_rank32_embeddings8", "int8_rounded")
+NOT_DRAWN = ("resident", "streamed", "nf4_rank32_embeddings8")
 LABEL_GAP = 1.33  # least ratio of the heights of two labels
 
 
@@ -63,10 +64,8 @@ def draw_line(axes: Axes, kinds: Mapping[str, Any], *, default: str) -> None:
         axes.annotate(
             LINE[name] + (" (default)" if is_default else ""),
             point,
-            xytext=(-6, -8),
+            xytext=(6, 6),
             textcoords="offset points",
-            ha="right",
-            va="top",
             color=BLUE,
             weight="bold" if is_default else "normal",
         )
