@@ -123,6 +123,14 @@ def test_plan_passes_every_option_on(tmp_path: Path) -> None:
     assert (tmp_path / "plan.png").stat().st_size > 0
 
 
+def test_plan_says_what_is_wrong_with_the_path_of_a_plot(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing" / "plan.png", tmp_path / "plan.doc"):
+        result = RUN.invoke(app, ["plan", "--model", "Llama-3-8B", "--plot", str(path)])
+        assert result.exit_code == 1
+        assert f"{path} could not be written" in result.stderr
+        assert "Name a .png, .pdf or .svg in a folder that exists." in result.stderr
+
+
 def test_plan_takes_the_adapter_as_reference_where_there_is_one() -> None:
     result = RUN.invoke(app, ["plan", "--model", "Qwen3-8B", "--lora", "16", "--json"])
     plan = json.loads(result.stdout)

@@ -153,7 +153,13 @@ def plan(
     except ExtGRPOError as error:
         raise _failure(str(error)) from error
     if plot is not None:
-        save_plot(planned, plot)
+        try:
+            save_plot(planned, plot)
+        except (OSError, ValueError) as error:  # no such folder; a format that is not known
+            raise _failure(
+                f"{plot} could not be written: {error}. Name a .png, .pdf or .svg in a folder "
+                "that exists."
+            ) from error
     if as_json:
         typer.echo(json.dumps(planned.to_dict(), indent=2))
     else:
@@ -229,3 +235,7 @@ def _summary(path: Path) -> str:
 def _failure(message: str) -> typer.Exit:
     typer.echo(f"error: {message}", err=True)
     return typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

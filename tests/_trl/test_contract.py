@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Trainer
 from trl.trainer import grpo_trainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -27,8 +28,9 @@ from trl_grpo_ext._trl.contract import (
 )
 from trl_grpo_ext.errors import ContractError
 
+OWNERS = {"GRPOTrainer": GRPOTrainer, "Trainer": Trainer}
 RELIED_ON = [
-    pytest.param(seam.name, kind, name, id=f"{seam.name}-{name}")
+    pytest.param(OWNERS[seam.owner], seam.name, kind, name, id=f"{seam.owner}-{seam.name}-{name}")
     for seam in SEAMS
     for kind, names in (
         ("its parameter `{}`", seam.parameters),
@@ -80,13 +82,13 @@ def test_the_contract_holds_on_the_installed_trl() -> None:
     check_contract()  # a warning would be an error
 
 
-@pytest.mark.parametrize(("method", "message", "name"), RELIED_ON)
+@pytest.mark.parametrize(("owner", "method", "message", "name"), RELIED_ON)
 def test_a_trl_that_lost_what_is_relied_on_is_named(
-    method: str, message: str, name: str, monkeypatch: pytest.MonkeyPatch
+    owner: type, method: str, message: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(GRPOTrainer, method, without(getattr(GRPOTrainer, method), name))
+    monkeypatch.setattr(owner, method, without(getattr(owner, method), name))
     [problem] = contract_problems()
-    assert problem.startswith(f"GRPOTrainer.{method} lost its ")
+    assert problem.startswith(f"{owner.__name__}.{method} lost its ")
     assert message.format(name) in problem
 
 
@@ -173,6 +175,14 @@ def test_contract_error_names_every_change_and_the_version_to_install(
         f"(trl=={', '.join(TESTED_TRL_VERSIONS)}), or follow 'Widening the TRL range' in "
         "CONTRIBUTING.md."
     )
+
+
+def test_a_change_of_transformers_names_its_tested_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(Trainer, "_run_epoch")
+    with pytest.raises(ContractError, match=r"Trainer\._run_epoch is gone.*transformers==5\."):
+        check_contract()
 
 
 def test_an_untested_trl_is_let_through_with_one_warning(

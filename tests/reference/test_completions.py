@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 from trl.trainer.utils import pad
 
+from trl_grpo_ext.reference import build_reference, calibrate, measure_fidelity
 from trl_grpo_ext.reference.completions import (
     CompletionBatch,
     completion_batches,
@@ -152,3 +153,13 @@ def test_logits_are_those_of_each_completion_alone(make: str, tiny_model: LlamaF
 def test_logits_are_in_the_dtype_of_the_model(tiny_model: LlamaForCausalLM) -> None:
     (batch,) = completion_batches(PROMPTS, COMPLETIONS, max_tokens=1000)
     assert completion_logits(tiny_model.bfloat16(), batch).dtype == torch.bfloat16
+
+
+def test_nothing_to_calibrate_or_measure_on_is_an_error(tiny_model: LlamaForCausalLM) -> None:
+    reference = build_reference(tiny_model)
+    empty = CompletionBatch(torch.zeros(1, 3, dtype=int), torch.zeros(1, 3, dtype=int), 2)
+    for batches in ([], [empty]):
+        with pytest.raises(ValueError, match="`batches` has no completion token"):
+            calibrate(reference, tiny_model, batches)
+        with pytest.raises(ValueError, match="`batches` has no completion token"):
+            measure_fidelity(tiny_model, reference, batches)

@@ -174,6 +174,16 @@ def test_the_warning_starts_at_the_share_that_is_set(
     assert len(caplog.records) == (share < 1)
 
 
+@pytest.mark.parametrize(("asked", "told"), [(1152, 0), (1153, 1)])
+def test_few_tokens_to_calibrate_on_are_told(
+    asked: int, told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ReferenceSettings(rank=2, calibration_tokens=asked, kl_target=1e6)
+    keeper(settings=settings).build(policy())  # 24 completions of 24 tokens: 576, half of 1,152
+    assert len(caplog.records) == told
+    assert ("calibrated on 576 tokens" in caplog.text) == bool(told)
+
+
 def test_without_prompts_a_reference_is_rounded_to_nearest_and_not_measured(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

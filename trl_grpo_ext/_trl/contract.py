@@ -1,4 +1,4 @@
-"""What this package relies on inside TRL, member by member, and a check that it still holds.
+"""What this package relies on inside TRL and transformers' trainer, and a check that it holds.
 
 TRL's private members may change in any release. Each :class:`Seam` names one that we wrap, with
 what we read of it; :func:`check_contract` runs when the trainer is first imported, so that a
@@ -12,28 +12,31 @@ import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from types import CodeType
-from typing import Any
+from typing import Any, Literal
 
 from trl_grpo_ext.errors import ContractError
 
 TESTED_TRL_VERSIONS = ("1.16.0",)
+TESTED_TRANSFORMERS_VERSION = "5.23.0"
 
 
 @dataclass(frozen=True)
 class Seam:
-    """One member of ``trl.GRPOTrainer`` that this package wraps.
+    """One method that this package wraps, or whose order of events it relies on.
 
     Attributes:
         name: Of the method.
         parameters: Those that we pass or read by name.
         names: Attributes and globals that its body must use, since we replace or read them there.
         constants: String keys that its body must hold.
+        owner: Whose method it is: ``trl.GRPOTrainer``'s or ``transformers.Trainer``'s.
     """
 
     name: str
     parameters: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
+    owner: Literal["GRPOTrainer", "Trainer"] = "GRPOTrainer"
 
 
 SEAMS = (
@@ -178,6 +181,55 @@ SEAMS = (
         names=("_step", "current_gradient_accumulation_steps"),
     ),
     Seam("train", parameters=("resume_from_checkpoint",)),
+    Seam("_save_checkpoint", parameters=("model", "trial"), names=("_get_output_dir",)),
+    Seam("_get_train_sampler", names=("RepeatSampler",)),
+    Seam("prediction_step", names=("_prepare_inputs",)),
+    Seam(
+        "_inner_training_loop",
+        names=(
+            "on_train_begin",
+            "eval_on_start",
+            "_evaluate",
+            "_run_epoch",
+            "_tr_loss",
+            "_globalstep_last_logged",
+        ),
+        owner="Trainer",
+    ),
+    Seam(
+        "_run_epoch",
+        names=(
+            "skip_first_batches",
+            "get_batch_samples",
+            "_load_rng_state",
+            "training_step",
+            "_get_grad_norm",
+            "global_step",
+            "_maybe_log_save_evaluate",
+        ),
+        owner="Trainer",
+    ),
+    Seam(
+        "_maybe_log_save_evaluate",
+        parameters=("tr_loss", "grad_norm", "model", "trial", "epoch", "start_time"),
+        names=("_evaluate", "_save_checkpoint", "should_evaluate", "should_save"),
+        owner="Trainer",
+    ),
+    Seam("_evaluate", parameters=("trial", "skip_scheduler"), owner="Trainer"),
+    Seam("_get_grad_norm", parameters=("model", "grad_norm"), owner="Trainer"),
+    Seam("_load_rng_state", parameters=("checkpoint",), owner="Trainer"),
+    Seam(
+        "_save_checkpoint",
+        parameters=("model", "trial"),
+        names=(
+            "_get_output_dir",
+            "_push_from_checkpoint",
+            "rotate_checkpoints",
+            "best_model_checkpoint",
+            "save_to_json",
+        ),
+        owner="Trainer",
+    ),
 )
 
 # Functions of TRL's module that we call or replace there, with the parameters that we pass.
@@ -222,12 +274,12 @@ _CONFIG_FIELDS = (
 
 def contract_problems() -> list[str]:
     """Return what the installed TRL changed of what we rely on, a line each; empty if sound."""
+    from transformers import Trainer
     from trl.trainer import grpo_trainer
     from trl.trainer.grpo_config import GRPOConfig
 
-    problems = [
-        problem for seam in SEAMS for problem in _seam_problems(seam, grpo_trainer.GRPOTrainer)
-    ]
+    owners = {"GRPOTrainer": grpo_trainer.GRPOTrainer, "Trainer": Trainer}
+    problems = [problem for seam in SEAMS for problem in _seam_problems(seam, owners[seam.owner])]
     for name, parameters in _FUNCTIONS.items():
         function = getattr(grpo_trainer, name, None)
         if function is None:
@@ -256,9 +308,12 @@ def check_contract() -> None:
     """
     tested = ", ".join(TESTED_TRL_VERSIONS)
     if problems := contract_problems():
+        # `Trainer` is transformers' own: another version of that changed.
+        changed = any(problem.startswith("Trainer.") for problem in problems)
+        beside = f", transformers=={TESTED_TRANSFORMERS_VERSION}" if changed else ""
         raise ContractError(
             f"trl {version('trl')} changed {len(problems)} of the members that trl_grpo_ext "
-            f"relies on: {'; '.join(problems)}. Install a tested version (trl=={tested}), "
+            f"relies on: {'; '.join(problems)}. Install a tested version (trl=={tested}{beside}), "
             "or follow 'Widening the TRL range' in CONTRIBUTING.md."
         )
     if not is_tested_version():
@@ -272,7 +327,7 @@ def check_contract() -> None:
 def _seam_problems(seam: Seam, trainer_class: type) -> list[str]:
     method = getattr(trainer_class, seam.name, None)
     if method is None:
-        return [f"GRPOTrainer.{seam.name} is gone"]
+        return [f"{seam.owner}.{seam.name} is gone"]
     method = inspect.unwrap(method)
     missing = [
         f"its parameter `{name}`"
@@ -282,7 +337,7 @@ def _seam_problems(seam: Seam, trainer_class: type) -> list[str]:
     names, constants = _vocabulary(method.__code__)
     missing += [f"its use of `{name}`" for name in seam.names if name not in names]
     missing += [f"its key '{key}'" for key in seam.constants if key not in constants]
-    return [f"GRPOTrainer.{seam.name} lost {', '.join(missing)}"] if missing else []
+    return [f"{seam.owner}.{seam.name} lost {', '.join(missing)}"] if missing else []
 
 
 def _vocabulary(code: CodeType) -> tuple[set[str], set[Any]]:

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trl_grpo_ext.errors import ReferenceModelError
 from trl_grpo_ext.layerwise import LayerCall, call_each, decoder_layers, run_layerwise
-from trl_grpo_ext.reference.completions import CompletionBatch
+from trl_grpo_ext.reference.completions import CompletionBatch, check_not_empty
 from trl_grpo_ext.reference.expert_inputs import (
     RoutedTokens,
     expert_moments,
@@ -73,7 +73,9 @@ def calibrate(
     Raises:
         ReferenceModelError: ``rank`` is larger than a layer.
         LayerOrderError: the model does not run its layers once each, in order.
+        ValueError: there is no completion token to calibrate on.
     """
+    check_not_empty(batches)
     if isinstance(rank, int):
         check_rank(reference, rank)
     layers, sources = list(decoder_layers(reference)), decoder_layers(policy)

@@ -54,6 +54,15 @@ class CompletionBatch:
         return int(self.mask_BT.sum())
 
 
+def check_not_empty(batches: Sequence[CompletionBatch]) -> None:
+    """Raise a ``ValueError`` if there is no completion token in the batches."""
+    if not any(batch.num_completion_tokens for batch in batches):
+        raise ValueError(
+            "`batches` has no completion token, so there is nothing to calibrate or measure on. "
+            "Give completions of the policy, from `completion_batches`."
+        )
+
+
 def completion_batches(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],

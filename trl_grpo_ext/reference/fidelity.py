@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from trl_grpo_ext.layerwise import LayerCall, call_each, decoder_layers, run_layerwise
 from trl_grpo_ext.losses import KLEstimator, importance_ratio, kl_estimate, masked_mean
-from trl_grpo_ext.reference.completions import CompletionBatch, completion_logits
+from trl_grpo_ext.reference.completions import CompletionBatch, check_not_empty, completion_logits
 from trl_grpo_ext.reference.modes import differentiable, evaluating
 
 _SEARCH_STEPS = 12  # evaluations of the KL, at most, to find the size of the step away
@@ -131,12 +131,16 @@ def measure_fidelity(
 
     Returns:
         Values of all tokens together. The cosine is NaN if no step reaches ``kl_target``.
+
+    Raises:
+        ValueError: there is no completion token to measure on.
     """
+    check_not_empty(batches)
     penalty = penalty or KLPenalty()
     with torch.no_grad(), evaluating(policy):
         exact, found, totals = _compare(policy, reference, batches, penalty)
     num_tokens = sum(batch.num_completion_tokens for batch in batches)
-    k1, k3, full, same = (totals / max(num_tokens, 1)).tolist()
+    k1, k3, full, same = (totals / num_tokens).tolist()
     chosen = list(decoder_layers(policy)[-1].parameters() if parameters is None else parameters)
     with differentiable(policy, chosen):
         forward = _from_last_layer(policy, batches) if parameters is None else _whole(policy)

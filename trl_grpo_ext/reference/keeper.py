@@ -39,6 +39,8 @@ from trl_grpo_ext.reference.streamed import build_streamed_reference, mix_stream
 
 logger = logging.get_logger(__name__)
 
+_FEW = 0.5  # of the tokens asked for
+
 
 @dataclass
 class ReferenceKeeper:
@@ -127,6 +129,7 @@ class ReferenceKeeper:
             return
         data = self.sample(policy)
         if settings.compensation != "none":
+            self._tell_few_tokens(data)
             calibrate(
                 reference,
                 policy,
@@ -146,6 +149,17 @@ class ReferenceKeeper:
         self.fidelity = measure_fidelity(
             policy, reference, data.held_out, penalty=self.penalty, kl_target=settings.kl_target
         )
+
+    def _tell_few_tokens(self, data: CalibrationData) -> None:
+        found = sum(int(batch.attention_mask_BW.sum()) for batch in data.calibration)
+        asked = self.settings.calibration_tokens
+        if found < asked * _FEW:
+            logger.warning(
+                f"The reference is calibrated on {found} tokens, though "
+                f"`reference_calibration_tokens` is {asked}: prompts and their completions "
+                "do not come to more. Its floor is higher than it could be. Give more prompts, or "
+                "lower `reference_calibration_tokens` to say that this is enough."
+            )
 
     def _rank(self) -> Rank:
         settings = self.settings
