@@ -105,6 +105,7 @@ def train(run: Run, rank: int, port: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": world}
+    os.setpgrp()  # so that a signal reaches the data loader's workers too, as a scheduler's does
     log = os.open(run.output / f"log_{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -202,7 +203,7 @@ def kill(run: Run, workers: list[BaseProcess], *, kind: str, delay_s: float) -> 
         return False
     for worker in workers:
         if worker.pid is not None:
-            os.kill(worker.pid, signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
+            os.killpg(worker.pid, signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
     codes = finish(workers)
     if kind == "SIGTERM" and not set(codes) <= {TERMINATED, -signal.SIGTERM, 0}:
         raise SystemExit(f"SIGTERM ended the run with {codes}; see {run.output}/log_0.txt")

@@ -323,6 +323,20 @@ def test_checkpoint_of_plain_trl_is_resumed_as_plain_trl_does(
     assert "checkpoint-3 is resumed as plain TRL does: it has no run_state_0.pt" in caplog.text
 
 
+def test_another_reference_than_the_run_began_with_is_told(
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(tiny_model_dir, tmp_path, max_steps=3).train()
+    checkpoint = tmp_path / "checkpoint-3"
+    build(tiny_model_dir, tmp_path, max_steps=3).train("last-good")
+    assert "goes on with" not in caplog.text
+    build(checkpoint, tmp_path, max_steps=3).train("last-good")
+    assert (
+        f"The run began with the reference 'resident, loaded from {tiny_model_dir}' and goes on "
+        f"with 'resident, loaded from {checkpoint}', so its KL is another one." in caplog.text
+    )
+
+
 def test_the_first_signal_is_a_wish_and_the_second_an_end() -> None:
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -335,6 +349,15 @@ def test_the_first_signal_is_a_wish_and_the_second_an_end() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def test_workers_of_the_data_loader_leave_signals_to_the_run() -> None:
+    with StopSignals():
+        if not (child := os.fork()):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_ignored_signals_stay_ignored() -> None:

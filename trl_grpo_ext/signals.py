@@ -40,6 +40,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received = 0
         self._previous: dict[int, Any] = {}
+        self._process = os.getpid()
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -58,6 +59,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a worker of the data loader: it ends with the run, which shall be able to save
         self.received = number
         for each, handler in self._previous.items():
             # A notebook's kernel outlives its cells; any other process ends, even inside C code.

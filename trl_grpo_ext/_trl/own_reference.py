@@ -49,6 +49,13 @@ class OwnReference(ReferenceSeams):
         elif hasattr(self.model, "peft_config"):
             self._tell_reference("adapter", "switched off, the policy is its own exact reference")
 
+    @property
+    def reference_source(self) -> str:
+        """What the KL is measured against, so that a resumed run can compare."""
+        if self.reference_keeper is not None or self.ref_model is None:
+            return self.reference_kind
+        return f"{self.reference_kind}, loaded from {self._causal_lm(self.model).name_or_path}"
+
     def make_reference(self, policy: PreTrainedModel) -> nn.Module | None:
         """Return the frozen reference that ``reference`` asks for; ``None`` for TRL's own."""
         kind, reason = self._choose_reference(policy)

@@ -277,6 +277,7 @@ class ResumeSeams(StoppingSeams):
         path = checkpoint / _RUN_STATE.format(self.accelerator.process_index)
         if path.is_file():
             kept = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            self._compare_references(kept["reference"])
             if kept["num_processes"] == processes:
                 return cast(dict[str, Any], kept)
             why = f"it is of a run with {kept['num_processes']} processes, this one has {processes}"
@@ -288,6 +289,16 @@ class ResumeSeams(StoppingSeams):
         )
         return None
 
+    def _compare_references(self, began_with: str) -> None:
+        if began_with != self.reference_source and self.is_world_process_zero():
+            logger.warning(
+                f"The run began with the reference '{began_with}' and goes on with "
+                f"'{self.reference_source}', so its KL is another one. Give the `model` and the "
+                "`reference` that it began with."
+            )
+
+    # Save -----------------------------------------------------------------------------------------
+
     def save_run_state(self, folder: Path) -> None:
         """Write where the run is, or where it was when it is stopped."""
         state = self._stopped_state or self._state_to_save(self._run_state())
@@ -297,6 +308,7 @@ class ResumeSeams(StoppingSeams):
         keeps = self._in_generation or more.get("ahead") is not None
         return {
             "num_processes": self.accelerator.num_processes,
+            "reference": self.reference_source,
             "state": state,
             "buffer": self._buffered_inputs if keeps else None,
         } | more
