@@ -105,6 +105,7 @@ def train(run: Run, rank: int, port: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": world}
+    multiprocessing.set_start_method("fork", force=True)  # of the data loader's workers, as usual
     os.setpgrp()  # so that a signal reaches the data loader's workers too, as a scheduler's does
     log = os.open(run.output / f"log_{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)

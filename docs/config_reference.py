@@ -9,6 +9,7 @@ from typing import Any
 
 from trl_grpo_ext.config import ExtensionOptions
 from trl_grpo_ext.data import TaskArguments
+from trl_grpo_ext.metrics import METRICS, Metric
 from trl_grpo_ext.recipe import RunArguments
 
 HERE = Path(__file__).parent / "reference"
@@ -30,6 +31,17 @@ A recipe takes these keys, those of the [trainer](config.md), every option of `t
 too, as `--key value`. This page is written by `python docs/config_reference.py`.
 
 """
+METRICS_PAGE = """# Metrics
+
+Everything that a training run logs: into `metrics.jsonl`, `trainer.state.log_history` and what
+`report_to` names; the printed line shows a few. [Reading a run](../metrics.md) says what to look
+at. Only what applies to a run is logged. A value is the mean over what happened since the last log
+(generations or micro-batches) unless the table says otherwise, and null (`None`) if it was never a
+number. An [evaluation](../evaluation.md) logs the same of its batches with `eval_` before the name,
+and more. `<...>` stands for a name. A reward function can log metrics of its own (`log_metric`).
+This page is written by `python docs/config_reference.py`.
+
+"""
 
 
 def pages() -> dict[str, str]:
@@ -38,7 +50,18 @@ def pages() -> dict[str, str]:
         "config.md": TRAINER + _table(ExtensionOptions),
         "recipe.md": RECIPE
         + f"## Task\n\n{_table(TaskArguments)}\n## Run\n\n{_table(RunArguments)}",
+        "metrics.md": METRICS_PAGE + "\n".join(map(_metric_table, METRICS)),
     }
+
+
+def _metric_table(part: str) -> str:
+    head = "| metric | unit | meaning | healthy |\n|---|---|---|---|\n"
+    return f"## {part}\n\n{head}" + "".join(map(_metric_row, METRICS[part]))
+
+
+def _metric_row(metric: Metric) -> str:
+    cells = (f"`{metric.name}`", metric.unit, metric.meaning, metric.healthy_range)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
 def _table(options: type) -> str:

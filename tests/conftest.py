@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Read when the libraries are imported, so they are set before. Processes that a test starts
@@ -32,6 +33,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _spare_the_collector() -> None:
+    """Leave out of each collection what the imports made, which accelerate would go through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

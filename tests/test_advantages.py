@@ -13,6 +13,7 @@ from trl.trainer.utils import nanstd
 
 from trl_grpo_ext.advantages import (
     group_advantages,
+    informative_groups,
     multi_reward_advantages,
     weighted_reward,
 )
@@ -132,6 +133,7 @@ def test_group_advantages_keeps_dtype() -> None:
         ({"group_size": 2, "scale": "std"}, "`scale` is 'std'; use one of group, batch, none"),
         ({"group_size": 2, "baseline": "median"}, "`baseline` is 'median'; use one of mean"),
         ({"group_size": 2, "eps": -1.0}, "`eps` is -1.0"),
+        ({"group_size": 2, "clip": 0.0}, "`clip` is 0.0; use a positive number"),
     ],
 )
 def test_group_advantages_refuses_when_out_of_range(
@@ -144,6 +146,13 @@ def test_group_advantages_refuses_when_out_of_range(
 def test_group_advantages_refuses_a_matrix() -> None:
     with pytest.raises(ValueError, match=r"shape \(4, 2\)"):
         group_advantages(torch.zeros(4, 2), group_size=2)
+
+
+def test_group_advantages_are_clipped_after_normalization() -> None:
+    # Mean 2, deviations -2 and 6, std 4: three times -0.5, and 1.5.
+    rewards = torch.tensor([0.0, 0.0, 0.0, 8.0])
+    result = group_advantages(rewards, group_size=4, eps=0.0, clip=1.0)
+    assert result.tolist() == [-0.5, -0.5, -0.5, 1.0]
 
 
 # Several rewards ------------------------------------------------------------------------------
@@ -225,3 +234,68 @@ def _trl(
 def test_multi_reward_advantages_refuses_an_unknown_aggregation() -> None:
     with pytest.raises(ValueError, match="use one of sum_then_normalize, normalize_then_sum"):
         multi_reward_advantages(torch.zeros(4, 1), group_size=2, aggregation="mean")
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_multi_reward_advantages_are_clipped(aggregation: str) -> None:
+    rewards = torch.tensor([[0.0], [0.0], [0.0], [8.0]])
+    free, clipped = (
+        multi_reward_advantages(rewards, group_size=4, aggregation=aggregation, clip=clip)
+        for clip in (None, 1.0)
+    )
+    assert free.max() == pytest.approx(1.5, abs=1e-3)
+    assert clipped.tolist() == [*free[:3].tolist(), 1.0]
+
+
+# Groups that teach something ------------------------------------------------------------------
+
+INFORMATIVE = [
+    # rewards of a group of three, weights, under sum_then_normalize, under normalize_then_sum
+    ([[0.0, 1.0]] * 3, [1.0, 1.0], False, False),
+    ([[0.1, 1.0], [0.1, 1.0], [0.1, 0.0]], [1.0, 1.0], True, True),
+    ([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]], [1.0, 1.0], False, True),  # the sum is 1 throughout
+    ([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0]], [1.0, 0.0], False, False),  # of no weight
+    ([[0.0, NAN], [NAN, NAN], [NAN, NAN]], [1.0, 1.0], False, False),  # one alone is scored
+    ([[0.0, NAN], [1.0, NAN], [NAN, NAN]], [1.0, 1.0], True, True),
+    ([[0.5, NAN], [NAN, 1.0], [NAN, NAN]], [2.0, 1.0], False, False),
+    ([[0.5, NAN], [NAN, 3.0], [NAN, NAN]], [2.0, 1.0], True, False),  # sums 1 and 3
+    ([[NAN, NAN]] * 3, [1.0, 1.0], False, False),
+]
+
+
+@pytest.mark.parametrize(("rewards", "weights", "summed", "normalized"), INFORMATIVE)
+def test_informative_groups_are_those_whose_rewards_differ(
+    rewards: list[list[float]], weights: list[float], summed: bool, normalized: bool
+) -> None:
+    others = [[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
+    for aggregation, expected in (
+        ("sum_then_normalize", summed),
+        ("normalize_then_sum", normalized),
+    ):
+        found = informative_groups(
+            torch.tensor(others + rewards),
+            group_size=3,
+            weights_R=torch.tensor(weights),
+            aggregation=aggregation,
+        )
+        assert found.tolist() == [True, expected]
+
+
+@given(rewards_lists)
+def test_informative_groups_are_those_with_an_advantage(rows: list[list[float]]) -> None:
+    rewards = torch.tensor(rows, dtype=torch.float64).reshape(-1, 1)
+    advantages = multi_reward_advantages(rewards, group_size=4, scale="none").view(-1, 4)
+    found = informative_groups(rewards, group_size=4)
+    assert found.tolist() == (advantages != 0).any(dim=1).tolist()
+
+
+def test_informative_groups_refuses_what_is_out_of_range() -> None:
+    with pytest.raises(ValueError, match="use one of sum_then_normalize, normalize_then_sum"):
+        informative_groups(torch.zeros(4, 1), group_size=2, aggregation="mean")
+    with pytest.raises(ValueError, match="do not divide into groups"):
+        informative_groups(torch.zeros(4, 1), group_size=3)
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        with pytest.raises(ValueError, match="3 weights for 1 reward functions"):
+            informative_groups(
+                torch.zeros(4, 1), group_size=2, weights_R=torch.ones(3), aggregation=aggregation
+            )

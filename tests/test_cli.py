@@ -212,3 +212,11 @@ def test_console_script_runs_the_command_line() -> None:
         pytest.skip("the package is not installed here, only on sys.path")
     shown = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert shown.stdout == f"{__version__}\n"
+
+
+def test_serve_reward_needs_one_model_or_one_reward() -> None:
+    for given in ([], ["--model", "folder", "--reward", "last_number"]):
+        result = RUN.invoke(app, ["serve-reward", *given])
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: ")
+        assert "`--model`" in result.stderr or "`model`" in result.stderr

@@ -83,7 +83,7 @@ def test_every_requirement_admits_its_pin() -> None:
     pins = [Requirement(line) for line in lines((ROOT / "constraints.txt").read_text())]
     version_of = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pins}
     assert all(re.fullmatch(r"==[0-9.]+(\.post\d+)?", str(pin.specifier)) for pin in pins)
-    for requirement in requirements(extras=("quickstart", "test", "dev")):
+    for requirement in requirements(extras=("quickstart", "serve", "test", "dev")):
         if requirement.name != "trl-grpo-ext":
             assert requirement.specifier.contains(version_of[canonicalize_name(requirement.name)])
 
@@ -92,7 +92,8 @@ def test_every_package_that_is_imported_is_required() -> None:
     # vllm and deepspeed need a GPU machine of their own and are imported only where they are found.
     optional = {"vllm", "deepspeed"}
     required = {
-        canonicalize_name(requirement.name) for requirement in requirements(extras=("quickstart",))
+        canonicalize_name(requirement.name)
+        for requirement in requirements(extras=("quickstart", "serve"))
     }
     distributions = packages_distributions()
     for path in (ROOT / "trl_grpo_ext").rglob("*.py"):
@@ -115,7 +116,7 @@ def imported_roots(path: Path) -> set[str]:
 def test_every_requirement_has_its_reason_in_contributing() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     reasons = set(re.findall(r"^\| `([a-z-]+)` \|", text, re.MULTILINE))
-    named = {requirement.name for requirement in requirements(extras=("quickstart",))}
+    named = {requirement.name for requirement in requirements(extras=("quickstart", "serve"))}
     assert reasons == named
 
 

@@ -26,6 +26,7 @@ def group_advantages(
     baseline: AdvantageBaseline = "mean",
     scale: RewardScale = "group",
     eps: float = STD_EPS,
+    clip: float | None = None,
 ) -> Tensor:
     r"""Return how much better each completion scored than the rest of its group.
 
@@ -43,6 +44,8 @@ def group_advantages(
         scale: What to divide by: the deviation of the ``"group"`` [1], of the ``"batch"``, or
             ``"none"`` [2].
         eps: Added to the deviation, reward units, not negative.
+        clip: Largest size that an advantage keeps, positive, in the unit of the result; ``None``
+            for no limit. An advantage beyond it becomes ``clip`` or ``-clip``.
 
     Returns:
         Shape ``(B,)``, dtype and device of the input; dimensionless, or reward units for
@@ -50,7 +53,8 @@ def group_advantages(
         fewer than two were scored.
 
     Raises:
-        ValueError: a shape, ``group_size``, ``baseline``, ``scale`` or ``eps`` is out of its range.
+        ValueError: a shape, ``group_size``, ``baseline``, ``scale``, ``eps`` or ``clip`` is out of
+            its range.
 
     References:
         [1] Shao et al. 2024, DeepSeekMath, section 4.1, arXiv:2402.03300.
@@ -66,12 +70,12 @@ def group_advantages(
             f"`rewards_B` has shape {tuple(rewards_B.shape)}; "
             "pass one reward a completion, shape (B,)."
         )
-    _check(rewards_B.shape[0], group_size, baseline=baseline, scale=scale, eps=eps)
+    _check(rewards_B.shape[0], group_size, baseline=baseline, scale=scale, eps=eps, clip=clip)
     rewards_PG = rewards_B.double().view(-1, group_size)
     centred_PG = _centred(rewards_PG, baseline)
     advantages_PG = centred_PG / _scale(rewards_PG, scale, eps)
     advantages_PG = advantages_PG.masked_fill(_silent(rewards_PG)[:, None], 0.0)
-    return advantages_PG.nan_to_num(nan=0.0).view(-1).to(rewards_B.dtype)
+    return _clipped(advantages_PG.nan_to_num(nan=0.0).view(-1), clip).to(rewards_B.dtype)
 
 
 def multi_reward_advantages(
@@ -83,6 +87,7 @@ def multi_reward_advantages(
     baseline: AdvantageBaseline = "mean",
     scale: RewardScale = "group",
     eps: float = STD_EPS,
+    clip: float | None = None,
 ) -> Tensor:
     r"""Return the group-relative advantages of completions that several reward functions scored.
 
@@ -100,6 +105,7 @@ def multi_reward_advantages(
         baseline: As in :func:`group_advantages`.
         scale: As in :func:`group_advantages`.
         eps: As in :func:`group_advantages`.
+        clip: As in :func:`group_advantages`; the last thing done.
 
     Returns:
         Shape ``(B,)``, dtype and device of the input. Exactly 0 throughout a group that says
@@ -118,24 +124,58 @@ def multi_reward_advantages(
         >>> multi_reward_advantages(rewards, group_size=2, weights_R=weights, scale="none")
         tensor([ 1., -1.])
     """
-    if rewards_BR.dim() != 2:
-        raise ValueError(
-            f"`rewards_BR` has shape {tuple(rewards_BR.shape)}; "
-            "pass (completions, reward functions)."
-        )
-    if aggregation not in get_args(RewardAggregation):
-        raise ValueError(
-            f"`aggregation` is {aggregation!r}; "
-            f"use one of {', '.join(get_args(RewardAggregation))}."
-        )
-    _check(rewards_BR.shape[0], group_size, baseline=baseline, scale=scale, eps=eps)
+    _check_rewards(rewards_BR, aggregation)
+    _check(rewards_BR.shape[0], group_size, baseline=baseline, scale=scale, eps=eps, clip=clip)
     weights_R = torch.ones(rewards_BR.shape[1]) if weights_R is None else weights_R
     if aggregation == "sum_then_normalize":
         summed_B = weighted_reward(rewards_BR, weights_R)
         return group_advantages(
-            summed_B, group_size=group_size, baseline=baseline, scale=scale, eps=eps
+            summed_B, group_size=group_size, baseline=baseline, scale=scale, eps=eps, clip=clip
         ).to(rewards_BR.dtype)
-    return _normalize_then_sum(rewards_BR, weights_R, group_size, baseline, eps)
+    return _clipped(_normalize_then_sum(rewards_BR, weights_R, group_size, baseline, eps), clip)
+
+
+def informative_groups(
+    rewards_BR: Tensor,
+    *,
+    group_size: int,
+    weights_R: Tensor | None = None,
+    aggregation: RewardAggregation = "sum_then_normalize",
+) -> Tensor:
+    """Return which groups teach something: those within which the rewards that count differ.
+
+    Under ``sum_then_normalize`` that is the weighted sum of the rewards, under
+    ``normalize_then_sum`` any reward whose weight is not 0. What was not scored is left out.
+
+    Args:
+        rewards_BR: As in :func:`multi_reward_advantages`.
+        group_size: ``G``, at least 2.
+        weights_R: Shape ``(R,)``; all 1 if not given.
+        aggregation: As in :func:`multi_reward_advantages`.
+
+    Returns:
+        Shape ``(P,)``, booleans; false for a group of which fewer than two were scored.
+
+    Raises:
+        ValueError: a shape or an option is out of its range.
+
+    References:
+        Yu et al. 2025, DAPO, section 3.2 (dynamic sampling), arXiv:2503.14476.
+
+    Example:
+        >>> informative_groups(torch.tensor([[1.0], [0.0], [1.0], [1.0]]), group_size=2)
+        tensor([ True, False])
+    """
+    _check_rewards(rewards_BR, aggregation)
+    _check(rewards_BR.shape[0], group_size)
+    weights_R = torch.ones(rewards_BR.shape[1]) if weights_R is None else weights_R
+    if aggregation == "sum_then_normalize":
+        return ~_silent(weighted_reward(rewards_BR, weights_R).view(-1, group_size))
+    _check_weights(rewards_BR, weights_R)
+    counting_BR = rewards_BR[:, weights_R.to(rewards_BR.device) != 0]
+    columns = [column_B.view(-1, group_size) for column_B in counting_BR.T.contiguous()]
+    none_P = torch.zeros(len(rewards_BR) // group_size, dtype=torch.bool, device=rewards_BR.device)
+    return torch.stack([none_P, *(~_all_equal(column_PG) for column_PG in columns)]).any(dim=0)
 
 
 def weighted_reward(rewards_BR: Tensor, weights_R: Tensor) -> Tensor:
@@ -215,6 +255,10 @@ def _unscored(rewards_BR: Tensor) -> Tensor:
     return rewards_BR.isnan().all(dim=1)
 
 
+def _clipped(advantages_B: Tensor, clip: float | None) -> Tensor:
+    return advantages_B if clip is None else advantages_B.clamp(-clip, clip)
+
+
 def _silent(rewards_PG: Tensor) -> Tensor:
     return _all_equal(rewards_PG) | ((~rewards_PG.isnan()).sum(dim=1) < 2)
 
@@ -227,7 +271,28 @@ def _all_equal(rewards_PG: Tensor) -> Tensor:
     return highest_P <= lowest_P
 
 
-def _check(num_completions: int, group_size: int, *, baseline: str, scale: str, eps: float) -> None:
+def _check_rewards(rewards_BR: Tensor, aggregation: str) -> None:
+    if rewards_BR.dim() != 2:
+        raise ValueError(
+            f"`rewards_BR` has shape {tuple(rewards_BR.shape)}; "
+            "pass (completions, reward functions)."
+        )
+    if aggregation not in get_args(RewardAggregation):
+        raise ValueError(
+            f"`aggregation` is {aggregation!r}; "
+            f"use one of {', '.join(get_args(RewardAggregation))}."
+        )
+
+
+def _check(
+    num_completions: int,
+    group_size: int,
+    *,
+    baseline: str = "mean",
+    scale: str = "group",
+    eps: float = STD_EPS,
+    clip: float | None = None,
+) -> None:
     if group_size < 2:
         raise ValueError(
             f"`group_size` is {group_size}; a group needs at least 2 completions to be compared."
@@ -245,6 +310,8 @@ def _check(num_completions: int, group_size: int, *, baseline: str, scale: str, 
         raise ValueError(f"`scale` is {scale!r}; use one of {', '.join(get_args(RewardScale))}.")
     if not eps >= 0:
         raise ValueError(f"`eps` is {eps}; it must not be negative.")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"`clip` is {clip}; use a positive number, or None for no limit.")
 
 
 def _check_weights(rewards_BR: Tensor, weights_R: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``trl-grpo-ext env``, ``plan`` and ``recipes``."""
+"""The command line: ``trl-grpo-ext env``, ``plan``, ``recipes`` and ``serve-reward``."""
 
 from __future__ import annotations
 
@@ -221,6 +221,57 @@ def recipe_files(folder: Path) -> list[Path]:
         for pattern in RECIPE_PATTERNS
         for path in sorted(folder.glob(pattern))
     ]
+
+
+@app.command("serve-reward")
+def serve_reward_command(
+    *,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub name of a classification model.")
+    ] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="Or a reward: built-in name, or import path, which runs it.")
+    ] = None,
+    reward_arguments: Annotated[
+        str, typer.Option(help="Keyword arguments of the reward, a JSON object.")
+    ] = "{}",
+    name: Annotated[str | None, typer.Option(help="Under which clients know it.")] = None,
+    host: Annotated[str, typer.Option(help="Interface to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    token_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the token clients must send.")
+    ] = None,
+    label: Annotated[
+        int | None, typer.Option(help="Index of the logit that is the reward, if there are more.")
+    ] = None,
+    label_column: Annotated[
+        str, typer.Option(help="What a reward function calls the labels.")
+    ] = "answer",
+    pad_token: Annotated[
+        str | None, typer.Option(help="For a model that names none, a token it knows.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Of one text; the model's own limit if not given.")
+    ] = None,
+    max_batch_tokens: Annotated[
+        int, typer.Option(help="Of one forward pass, padding included.")
+    ] = 16384,
+    max_padding: Annotated[float, typer.Option(help="Share of padding in a pass.")] = 0.25,
+    max_wait_ms: Annotated[float, typer.Option(help="For other requests to share a pass.")] = 5.0,
+    grace_s: Annotated[int, typer.Option(help="For requests in flight when stopped.")] = 30,
+) -> None:
+    """Serve a reward model or function over HTTP, for many trainers."""
+    given = dict(locals())
+    from trl_grpo_ext.errors import ExtGRPOError
+    from trl_grpo_ext.rewards.serve.settings import settings_of
+    from trl_grpo_ext.rewards.serve.start import serve_reward
+
+    try:
+        serve_reward(settings_of(**given))
+    except ExtGRPOError as error:
+        raise _failure(str(error)) from error
 
 
 def _summary(path: Path) -> str:

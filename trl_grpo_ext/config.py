@@ -12,8 +12,8 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from trl_grpo_ext.advantages import STD_EPS, AdvantageBaseline, RewardAggregation, RewardScale
 from trl_grpo_ext.errors import ConfigurationError
-from trl_grpo_ext.evaluation.options import EvaluationOptions
-from trl_grpo_ext.log_options import LogOptions
+from trl_grpo_ext.evaluation.options import EvaluationOptions, evaluation_problems
+from trl_grpo_ext.log_options import LogOptions, log_problems
 from trl_grpo_ext.losses import (
     LOSS_TYPE_REDUCTIONS,
     ImportanceLevel,
@@ -29,7 +29,7 @@ from trl_grpo_ext.reference.options import (
     reference_problems,
 )
 from trl_grpo_ext.reference.quantized import QuantizationType
-from trl_grpo_ext.robustness import RobustnessOptions
+from trl_grpo_ext.robustness import RobustnessOptions, robustness_problems
 from trl_grpo_ext.sampling.settings import generation_keys, unsupported_generation_keys
 
 GroupSampler = Literal["auto", "shared_prefill", "continuous_batching", "vllm", "transformers"]
@@ -191,6 +191,14 @@ def configuration_problems(config: GRPOConfig) -> Iterator[str]:
     ):
         yield problem
     yield from _sampler_problems(config, options)
+    yield from log_problems(options)
+    yield from robustness_problems(options)
+    yield from evaluation_problems(
+        options,
+        num_generations=config.num_generations or 1,
+        num_generations_eval=config.num_generations_eval,
+        metric_for_best_model=config.metric_for_best_model,
+    )
     yield from _options_in_vain(config, options)
     if options.extensions and config.enable_jit_checkpoint:
         yield (

@@ -9,6 +9,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from trl_grpo_ext.peers import peer_failed
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -61,6 +63,8 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # a worker of the data loader: it ends with the run, which shall be able to save
+        if peer_failed():
+            return  # this process ends too, very soon, and there is nobody to agree with
         self.received = number
         for each, handler in self._previous.items():
             # A notebook's kernel outlives its cells; any other process ends, even inside C code.

@@ -41,6 +41,7 @@ from trl_grpo_ext.sampling import (
     choose_engine,
     sample_completions,
 )
+from trl_grpo_ext.step_log import add_log_callbacks
 
 logger = logging.get_logger(__name__)
 
@@ -80,8 +81,10 @@ class ExtGRPOTrainer(ResumeSeams):
         _check_before_loading(self.__signature__.bind(*args, **kwargs).arguments)
         self._told_recompute = False
         super().__init__(*args, **kwargs)
+        if self.extended:
+            add_log_callbacks(self, options=self.options)
         on_cpu = self.accelerator.device.type == "cpu"
-        if on_cpu and self.extended and self.options.onednn_linear:
+        if on_cpu and self.extended and self.runs_onednn:
             use_onednn(self.model)
             if self.ref_model is not None:
                 use_onednn(self.ref_model)
@@ -123,7 +126,7 @@ class ExtGRPOTrainer(ResumeSeams):
                 model,
                 prompts,
                 settings=settings,
-                should_stop=self.is_asked_to_stop,
+                should_stop=self.should_stop_sampling,
                 progress=progress,
             )
         return sample_completions(
@@ -134,7 +137,7 @@ class ExtGRPOTrainer(ResumeSeams):
             seed=self.args.seed,
             step=step,
             max_live_tokens=self.options.max_live_tokens,
-            should_stop=self.is_asked_to_stop,
+            should_stop=self.should_stop_sampling,
             progress=progress,
         )
 
@@ -151,6 +154,8 @@ class ExtGRPOTrainer(ResumeSeams):
             reason = "in half precision the sampler and a forward pass round differently"
         elif has_dropout(self.model):
             reason = "the policy has dropout"
+        elif self.args.neftune_noise_alpha is not None:
+            reason = "`neftune_noise_alpha` adds noise in training"
         elif self.sampling_settings(self.model).temperature != self.temperature:
             reason = "`generation_kwargs` samples at another temperature than the loss has"
         elif any(math.isnan(logprob) for c in sampled for logprob in c.policy_logprobs[:1]):
@@ -188,6 +193,7 @@ class ExtGRPOTrainer(ResumeSeams):
             baseline=self.options.advantage_baseline,
             scale=cast(RewardScale, self.scale_rewards),
             eps=self.options.advantage_eps,
+            clip=self.options.advantage_clip,
         )
 
     @property

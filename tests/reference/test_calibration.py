@@ -421,11 +421,6 @@ def test_kept_modules_stay_as_they_are(tiny_model: LlamaForCausalLM) -> None:
         assert torch.equal(ours.mlp.down_proj.weight, theirs.mlp.down_proj.weight)
 
 
-def test_without_completions_nothing_changes(tiny_model: LlamaForCausalLM) -> None:
-    plain = build_reference(tiny_model)
-    assert share_of_equal_codes(calibrated(tiny_model, []), plain) == 1
-
-
 def test_progress_counts_the_layers(
     tiny_model: LlamaForCausalLM, capsys: pytest.CaptureFixture[str]
 ) -> None:

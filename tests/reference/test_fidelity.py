@@ -298,12 +298,6 @@ def test_a_step_that_the_dtype_swallows_is_made_larger(tiny_model: LlamaForCausa
     assert math.isfinite(found.gradient_cosine)
 
 
-def test_without_completions_there_is_no_cosine(tiny_model: LlamaForCausalLM) -> None:
-    found = measure_fidelity(tiny_model, perturbed(tiny_model), [])
-    assert (found.kl_k1, found.kl_k3, found.kl_full, found.num_tokens) == (0, 0, 0, 0)
-    assert math.isnan(found.gradient_cosine)
-
-
 # The penalty --------------------------------------------------------------------------------------
 
 

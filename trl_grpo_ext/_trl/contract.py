@@ -53,6 +53,13 @@ SEAMS = (
         names=(
             "create_model_from_path",
             "SyncRefModelCallback",
+            "_tokenizer",
+            "eos_token_ids",
+            "eval_dataset",
+            "pad_to_multiple_of",
+            "mask_truncated_completions",
+            "rollout_func",
+            "vllm_generation",
             "_dist",
             "_is_vlm",
             "_logs",
@@ -183,7 +190,11 @@ SEAMS = (
     Seam("train", parameters=("resume_from_checkpoint",)),
     Seam("_save_checkpoint", parameters=("model", "trial"), names=("_get_output_dir",)),
     Seam("_get_train_sampler", names=("RepeatSampler",)),
+    Seam("_get_eval_sampler", names=("RepeatSampler",)),
+    Seam("get_eval_dataloader", parameters=("eval_dataset",)),
     Seam("prediction_step", names=("_prepare_inputs",)),
+    Seam("evaluation_loop", parameters=("dataloader", "metric_key_prefix"), owner="Trainer"),
+    Seam("_remove_unused_columns", parameters=("dataset",), owner="Trainer"),
     Seam(
         "_inner_training_loop",
         names=(

@@ -174,8 +174,13 @@ class LogprobSeams(SamplingSeams):
             return "its adapter adds virtual tokens"
         if self.args.torch_compile:
             return "`torch_compile` would compile it again for every batch"
+        if model.training and self.args.neftune_noise_alpha is not None:
+            return "`neftune_noise_alpha` adds noise to each place of a row"
         if model.training and has_dropout(model):
-            return "it has dropout (`disable_dropout: true` switches it off)"
+            return (
+                "it has dropout (`disable_dropout: true` switches modules of dropout off; a rate "
+                "in the configuration, such as `attention_dropout`, must be 0 there)"
+            )
         return None
 
     def _agree(

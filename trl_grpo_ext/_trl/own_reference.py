@@ -64,7 +64,7 @@ class OwnReference(ReferenceSeams):
         if self.options.reference == "auto" and kind == "resident":
             return None
         on_cpu = policy.device.type == "cpu"
-        if on_cpu and self.options.onednn_linear:
+        if on_cpu and self.runs_onednn:
             use_onednn(policy)
         keeper = ReferenceKeeper(
             ReferenceSettings.of(self.options, kind=kind),
@@ -76,7 +76,7 @@ class OwnReference(ReferenceSeams):
                 temperature=self.args.temperature,
             ),
             store=self._reference_store(kind),
-            onednn=on_cpu and self.options.onednn_linear,
+            onednn=on_cpu and self.runs_onednn,
             progress=not self.args.disable_tqdm and self.is_local_process_zero(),
         )
         with self.accelerator.main_process_first():

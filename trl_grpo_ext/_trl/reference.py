@@ -24,6 +24,7 @@ from trl_grpo_ext._trl.logprobs import LogprobSeams
 from trl_grpo_ext.layerwise import decoder_layers, run_layerwise
 from trl_grpo_ext.reference.keeper import ReferenceKeeper
 from trl_grpo_ext.reference.layer_stream import streamed_layers
+from trl_grpo_ext.sampling.gathered import gathered_weights
 
 
 class ReferenceSeams(LogprobSeams):
@@ -84,6 +85,11 @@ class ReferenceSeams(LogprobSeams):
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             self.reference_keeper.note_in(folder, self.bare_reference)
 
+    def prune_references(self, run_dir: Path) -> None:
+        """Remove the saved references that no checkpoint of the run goes with any more."""
+        if self.reference_keeper is not None and self.is_world_process_zero():
+            self.reference_keeper.prune(run_dir)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write TRL's model card, with how faithful the reference was."""
         super().create_model_card(*args, **kwargs)
@@ -105,7 +111,8 @@ class ReferenceSeams(LogprobSeams):
             return compute(input_ids, attention_mask, *args, **kw)
         parts = zip(input_ids.split(size), attention_mask.split(size), strict=True)
         passes = [functools.partial(compute, *part, *args, **kw) for part in parts]
-        found = run_layerwise(list(decoder_layers(inner)), passes)
+        with gathered_weights(inner):  # FSDP2 would free embedding and head after the first pass
+            found = run_layerwise(list(decoder_layers(inner)), passes)
         return tuple(
             None if values[0] is None else torch.cat(values) for values in zip(*found, strict=True)
         )

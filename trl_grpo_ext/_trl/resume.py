@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
@@ -24,6 +24,7 @@ from transformers.utils import logging
 from trl_grpo_ext._trl.stopping import StoppingSeams, StopRequested
 from trl_grpo_ext.checkpointing import LAST_GOOD, checkpoint_to_resume
 from trl_grpo_ext.errors import CheckpointError
+from trl_grpo_ext.peers import ending_together
 from trl_grpo_ext.randomness import random_state, set_random_state
 from trl_grpo_ext.sampling import Completion
 from trl_grpo_ext.signals import StopSignals, TrainingInterrupted
@@ -74,13 +75,15 @@ class ResumeSeams(StoppingSeams):
         Raises:
             CheckpointError: the checkpoint is damaged, there is none, or one could not be written.
             TrainingInterrupted: SIGTERM or Ctrl-C came, and the state was saved.
+            PeerFailed: another process of the run failed.
         """
         if not self.extended:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self._boundary, self.last_saved_step = None, None
         self._resumed = None if checkpoint is None else self._read_run_state(Path(checkpoint))
-        with StopSignals() as self._signals:
+        together = ending_together(agreed=(TrainingInterrupted,))
+        with StopSignals() as self._signals, together:
             try:
                 return super().train(checkpoint, *args, **kwargs)
             except StopRequested:
@@ -165,6 +168,7 @@ class ResumeSeams(StoppingSeams):
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         turn = turns.pop(0)
         self._sampled = [Completion(*row) for row in turn["completions"]]
+        self._sampled_prompts = prompt_ids
         set_random_state(turn["random"])
         self.keep_completions()
         return [completion.ids for completion in self._sampled], None
@@ -225,7 +229,7 @@ class ResumeSeams(StoppingSeams):
             "last_logged": self._globalstep_last_logged,
             "num_tokens": self.state.num_input_tokens_seen,
             "flos": self.current_flos,
-        } | {name: getattr(self, name, 0) for name in _COUNTS}
+        } | {name: getattr(self, name) for name in _COUNTS}
 
     def _plain_logs(self) -> dict[str, Any]:
         if self.reads_images:
@@ -276,7 +280,8 @@ class ResumeSeams(StoppingSeams):
         processes = self.accelerator.num_processes
         path = checkpoint / _RUN_STATE.format(self.accelerator.process_index)
         if path.is_file():
-            kept = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            kept = torch.load(path, map_location="cpu", weights_only=True)
+            kept["buffer"] = send_to_device(kept["buffer"], self.accelerator.device)
             self._compare_references(kept["reference"])
             if kept["num_processes"] == processes:
                 return cast(dict[str, Any], kept)

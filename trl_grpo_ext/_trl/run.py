@@ -57,6 +57,11 @@ class RunSeams(GRPOTrainer):
         return self._causal_lm(self.model).dtype
 
     @property
+    def runs_onednn(self) -> bool:
+        """Whether float32 linear layers run in oneDNN on a CPU; the inductor has no code for it."""
+        return self.options.onednn_linear and not self.args.torch_compile
+
+    @property
     def shards_weights(self) -> bool:
         """Whether no process holds all weights."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)

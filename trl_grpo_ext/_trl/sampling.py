@@ -12,6 +12,9 @@ from trl.trainer import grpo_trainer
 
 from trl_grpo_ext._trl.run import RunSeams
 from trl_grpo_ext.sampling import Completion, CompletionKey, SamplingNeeds, SamplingSettings
+from trl_grpo_ext.sampling.gathered import gathered_weights
+
+_TURN = 1 << 32  # prompts, more than a turn has
 
 
 class SamplingSeams(RunSeams):
@@ -19,7 +22,10 @@ class SamplingSeams(RunSeams):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._sampled: list[Completion] | None = None
+        self._sampled_prompts: list[list[int]] = []
+        self._turn = 0  # of this generation: a rollout function may sample several times
         self._num_evaluated = 0
+        self._num_drawn = 0  # prompts that this generation drew in earlier rounds
         super().__init__(*args, **kwargs)
 
     def sample_completions(
@@ -85,17 +91,32 @@ class SamplingSeams(RunSeams):
             return "completions call tools"
         if self.reads_images:
             return "prompts may hold images"
-        if self.shards_weights:
-            return "the weights are sharded, so that all processes must decode in step"
+        if self.shards_weights and (problem := self._against_gathering()) is not None:
+            return problem
         if len({parameter.device for parameter in self.model.parameters()}) > 1:
             return "the weights are on several devices"
         if self.learns_prompts:
             return "the adapter adds virtual tokens"
+        if self.args.transformers_continuous_batching_config:
+            return "`transformers_continuous_batching_config` is for TRL's own path"
         try:
             self.sampling_settings(self.model)
         except ValueError as error:
             return str(error)
         return None
+
+    def _against_gathering(self) -> str | None:
+        """Why sharded weights are not whole on each process while it samples."""
+        problem = "the weights are sharded, so that all processes must decode in step"
+        if self._dist.is_zero3:
+            if self.args.ds3_gather_for_generation:
+                return None
+            return f"{problem} (`ds3_gather_for_generation` is false)"
+        if self._dist.fsdp_version == 2:  # TRL does not gather them, so it is for the user to ask
+            if self.options.group_sampler == "shared_prefill":
+                return None
+            return f"{problem} (`group_sampler: shared_prefill` would gather them on each)"
+        return problem
 
     def sampling_settings(self, model: PreTrainedModel) -> SamplingSettings:
         """Return what shapes the draws, as TRL's options and the model's own say."""
@@ -106,15 +127,17 @@ class SamplingSeams(RunSeams):
     # Sampling -------------------------------------------------------------------------------------
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        self._sampled = None
+        self._sampled, self._turn = None, 0
         with self._phase("generation"):
             output = super()._generate(*args, **kwargs)
-        self._forget_if_changed(output[1])
+        self._forget_if_changed(output[0], output[1])
         return output
 
-    def _forget_if_changed(self, completion_ids: list[list[int]]) -> None:
-        """A rollout function may have changed what was sampled."""
-        if self._sampled is not None and completion_ids != [row.ids for row in self._sampled]:
+    def _forget_if_changed(self, prompts: list[list[int]], completions: list[list[int]]) -> None:
+        """A rollout function may have changed what was sampled, or after which prompt."""
+        if self._sampled is None:
+            return
+        if (prompts, completions) != (self._sampled_prompts, [row.ids for row in self._sampled]):
             self._sampled = None
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
@@ -123,6 +146,7 @@ class SamplingSeams(RunSeams):
         keys, step = self._completion_keys(len(prompt_ids))
         with self._generation_model() as model:
             self._sampled = self.sample_completions(model, prompt_ids, keys, step)
+        self._sampled_prompts = prompt_ids
         return [completion.ids for completion in self._sampled], None
 
     @contextmanager
@@ -136,6 +160,7 @@ class SamplingSeams(RunSeams):
                 gradient_checkpointing_kwargs=self._checkpointing_kwargs,
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            gathered_weights(self.model_wrapped),
         ):
             yield cast(PreTrainedModel, model)
 
@@ -151,8 +176,9 @@ class SamplingSeams(RunSeams):
             group_size, step = cast(int, self.num_generations_eval), 0
             first += self._num_evaluated
             self._num_evaluated += accelerator.num_processes * num_local
+        drawn, self._turn = self._num_drawn + self._turn * _TURN, self._turn + 1
         rows = range(first, first + num_local)
-        return [CompletionKey(row // group_size, row % group_size) for row in rows], step
+        return [CompletionKey(drawn + row // group_size, row % group_size) for row in rows], step
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run TRL's loop; each evaluation gives its completions the same keys."""

@@ -65,6 +65,7 @@ class SavingSeams(GuardSeams):
         if self.args.should_save:
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_checkpoints(str(run_dir), limit, best, use_mtime=True)
+        self.prune_references(run_dir)
 
     def _finish(self, folder: Path, final: Path) -> None:
         if not self.args.save_only_model:

@@ -23,10 +23,15 @@ class StoppingSeams(SavingSeams):
     """``trl.GRPOTrainer`` with safe points: between tokens, micro-batches and phases of a step."""
 
     _signals: StopSignals | None = None
+    _samples_in_step = False  # whether all processes sample now, and will agree on what comes next
 
     def is_asked_to_stop(self) -> bool:
         """Return whether a signal asked this process to stop."""
         return self._signals is not None and self._signals.received != 0
+
+    def should_stop_sampling(self) -> bool:
+        """Return whether sampling may end between two tokens, and is to."""
+        return self._samples_in_step and self.is_asked_to_stop()
 
     def stop_if_asked(self) -> None:
         """Leave the loop if any process was asked to stop; every process must call it."""
@@ -39,12 +44,16 @@ class StoppingSeams(SavingSeams):
         return super().training_step(*args, **kwargs)
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        if self._signals is None or not self.samples_itself:
+        # A rollout function may sample more often on one process than on another.
+        if self._signals is None or not self.samples_itself or self.rollout_func is not None:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        self._samples_in_step = True
         try:
             result = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         except SamplingStopped:
             result = None
+        finally:
+            self._samples_in_step = False
         asked, cut_off = self._anywhere(self.is_asked_to_stop(), result is None)
         if not cut_off:
             self.keep_completions()

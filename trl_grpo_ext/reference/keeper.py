@@ -194,7 +194,11 @@ class ReferenceKeeper:
         if self.store.manifest(self.key) is None:
             self._save(reference)
         self.store.note(checkpoint, self.key)
-        self.store.prune(checkpoint.parent, keep={self.key, self.initial_key})
+
+    def prune(self, run_dir: Path) -> None:
+        """Remove the saved references that no checkpoint of the folder goes with any more."""
+        if self.store is not None:
+            self.store.prune(run_dir, keep={self.key, self.initial_key})
 
     def resume(self, checkpoint: Path, reference: PreTrainedModel) -> None:
         """Make the reference that of the run that wrote a checkpoint, if it is another one.

@@ -21,6 +21,7 @@ FILES = {
     "completions": "every completion with its rewards, as parquet",
     "config.json": "architecture of the model",
     "generation_config.json": "default settings of `generate`",
+    "metrics.jsonl": "every logged metric, one JSON object a line",
     "plots": "the plots of this report",
     "summary.json": "the result, for programs",
     "tokenizer.json": "tokenizer",

@@ -70,6 +70,8 @@ class LastNumberReward:
         [1.0, 0.0]
     """
 
+    answer = staticmethod(last_number)  # what votes in evaluation: majority vote at k
+
     def __init__(self, *, answer_column: str = "answer", log_as: str = "last_number") -> None:
         self.answer_column = answer_column
         self.required_columns = frozenset({answer_column})

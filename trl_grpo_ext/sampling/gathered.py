@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -26,10 +27,7 @@ def gathered_weights(model: nn.Module) -> Iterator[None]:
         ...     pass  # sample
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    # FSDP2 lets a unit be told not to free its weights after a pass, but not be asked what it was
-    # told (torch 2.8 to 2.13). The root never frees them. Remove when there is a getter.
-    groups = [unit._get_fsdp_state()._fsdp_param_group for unit in units if unit is not model]
-    freed_over = [(group, group.post_forward_mesh_info) for group in groups if group is not None]
+    freed_over = [kept for unit in units if (kept := _freed_over(unit, is_root=unit is model))]
     for unit in units:
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)
@@ -40,3 +38,16 @@ def gathered_weights(model: nn.Module) -> Iterator[None]:
             group.post_forward_mesh_info = mesh
         for unit in units:
             unit.reshard()
+
+
+def _freed_over(unit: FSDPModule, *, is_root: bool) -> tuple[Any, Any] | None:
+    """A unit's weights, and over which processes they are split again after a forward pass.
+
+    It can be set, but there is no public way to ask (torch 2.8 to 2.13). Unless it was told, the
+    root keeps its weights, from its first pass on. Remove when FSDP2 has a getter.
+    """
+    state = unit._get_fsdp_state()
+    group = state._fsdp_param_group
+    if group is None or (is_root and state._auto_reshard_after_forward):
+        return None
+    return group, group.post_forward_mesh_info

@@ -1,0 +1,64 @@
+"""What is refused before a model loads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from trl_grpo_ext.evaluation.options import EvaluationOptions, eval_ks, evaluation_problems
+
+
+def problems(
+    *, num_generations_eval: int | None = None, best: str | None = None, **options: Any
+) -> list[str]:
+    return list(
+        evaluation_problems(
+            EvaluationOptions(**options),
+            num_generations=8,
+            num_generations_eval=num_generations_eval,
+            metric_for_best_model=best,
+        )
+    )
+
+
+def test_defaults_are_fine() -> None:
+    assert problems() == []
+    assert problems(best="eval_accuracy") == []
+    assert problems(best="pass@8") == []
+    assert problems(eval_decoding="both", best="eval_greedy/accuracy", num_generations_eval=4) == []
+    assert problems(eval_decoding="greedy", num_generations_eval=1) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_decoding": "beam"}, "`eval_decoding` is 'beam', which is not known. Use one of: s"),
+        ({"eval_bootstrap": -1}, "`eval_bootstrap` is -1, which is no number of resamples. Use"),
+        ({"eval_correct_threshold": float("nan")}, "is NaN, so no score would be right. Use a"),
+        ({"eval_pass_k": [1, 16]}, "`eval_pass_k` has 16, but evaluation has 8 completions a"),
+        ({"eval_pass_k": [8], "num_generations_eval": 4}, "Set `num_generations_eval` to at lea"),
+        ({"eval_pass_k": 4}, "`eval_pass_k` is 4, which is no list of numbers of completions. Us"),
+        ({"eval_pass_k": [0]}, "`eval_pass_k` is [0], which is no list"),
+        ({"eval_pass_k": []}, "`eval_pass_k` is [], which is no list"),
+        ({"eval_pass_k": [True]}, "`eval_pass_k` is [True], which is no list"),
+        ({"best": "eval_pass@4"}, "reports pass@k for k in [1, 8], so there would be no best mod"),
+        ({"best": "maj@2", "eval_pass_k": [4]}, "Add 2 to `eval_pass_k`, or name another metric."),
+        ({"best": "maj@1"}, "reports maj@k for k in [8], so there would be"),
+        (
+            {"eval_decoding": "greedy", "num_generations_eval": 4},
+            "`num_generations_eval` is 4: greedy completions of one prompt are all the same. Set",
+        ),
+        ({"eval_decoding": "greedy", "eval_pass_k": [2]}, "evaluation has 1 completion a prompt"),
+    ],
+)
+def test_what_cannot_work_is_named(options: dict[str, Any], message: str) -> None:
+    found = problems(**options)
+    assert len(found) == 1
+    assert message in found[0]
+
+
+def test_ks_are_sorted_and_fit_the_group() -> None:
+    options = EvaluationOptions(eval_pass_k=[4, 1, 4, 2])
+    assert eval_ks(options, group_size=4) == [1, 2, 4]
+    assert eval_ks(options, group_size=1) == [1]

@@ -1,0 +1,1 @@
+"""Rewards from services over HTTP."""

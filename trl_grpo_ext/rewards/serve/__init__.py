@@ -1,0 +1,1 @@
+"""A reward server: one machine scores the completions of many trainers."""

@@ -1,0 +1,53 @@
+"""Starting a reward server, and stopping it well."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import NoReturn
+
+from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.rewards.serve.backends import build_backend
+from trl_grpo_ext.rewards.serve.settings import ServeSettings, serve_problems
+
+
+def serve_reward(settings: ServeSettings) -> None:
+    """Serve a reward until SIGTERM or Ctrl-C; requests in flight are answered first.
+
+    Args:
+        settings: What to serve, where, and to whom.
+
+    Raises:
+        ConfigurationError: Everything that keeps the server from starting.
+        SystemExit: After a signal, with status 0; with 1 if the port is taken.
+    """
+    if problems := list(serve_problems(settings)):
+        raise ConfigurationError(problems)
+    from trl_grpo_ext.rewards.serve.app import build_server  # needs the extra `serve`
+
+    backend = build_backend(settings)
+    try:
+        with _ending_normally():
+            build_server(backend, settings=settings).run()
+    finally:
+        backend.close()
+
+
+@contextlib.contextmanager
+def _ending_normally() -> Iterator[None]:
+    """Let the process end with status 0 after a signal to stop, which uvicorn raises again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {sig: signal.signal(sig, _end) for sig in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+
+
+def _end(sig: int, frame: object) -> NoReturn:
+    raise SystemExit(0)
