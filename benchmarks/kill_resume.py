@@ -36,7 +36,6 @@ from tqdm import tqdm
 
 from trl_grpo_ext.checkpointing import UNFINISHED, damage
 
-STEPS = 24
 TERMINATED = 128 + signal.SIGTERM
 KINDS = ("anywhere", "while saving", "anywhere", "SIGTERM")
 LONGEST_S = 600.0  # that an attempt may take
@@ -44,10 +43,11 @@ LONGEST_S = 600.0  # that an attempt may take
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: where its model and its output are, and over how many processes."""
+    """One training run: where its model and output are, over how many steps and processes."""
 
     model: Path
     output: Path
+    num_steps: int
     num_processes: int
 
     @property
@@ -126,7 +126,7 @@ def train(run: Run, rank: int, port: int) -> None:
         seed=11,
         beta=0.02,
         learning_rate=1e-3,
-        max_steps=STEPS,
+        max_steps=run.num_steps,
         per_device_train_batch_size=8 // run.num_processes,
         per_device_eval_batch_size=8 // run.num_processes,
         gradient_accumulation_steps=2,
@@ -260,7 +260,8 @@ def is_same(run: Run, other: Run) -> bool:
     weights = one["weights"].keys() == two["weights"].keys() and all(
         torch.equal(value, two["weights"][name]) for name, value in one["weights"].items()
     )
-    logs = json.dumps(one["history"]) == json.dumps(two["history"])
+    first, second = (json.dumps(each["history"], sort_keys=True) for each in (one, two))
+    logs = first == second  # as text, in which NaN equals NaN
     print(f"final weights {'equal' if weights else 'DIFFER'}, logs {'equal' if logs else 'DIFFER'}")
     return weights and logs
 
@@ -271,6 +272,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--width", type=int, default=256, help="of the model")
@@ -281,15 +283,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = asked.keep or Path(scratch)
         model = make_model(folder / "model", width=asked.width)
-        alone = Run(model, folder / "alone", asked.processes)
-        killed = Run(model, folder / "killed", asked.processes)
+        alone = Run(model, folder / "alone", asked.steps, asked.processes)
+        killed = Run(model, folder / "killed", asked.steps, asked.processes)
         for run in (alone, killed):
             run.output.mkdir()
         if set(codes := finish(start(alone))) != {0}:
             log = (alone.output / "log_0.txt").read_text()[-3000:]
             raise SystemExit(f"the undisturbed run ended with {codes}:\n{log}")
         training_s = alone.result.stat().st_mtime - alone.began.stat().st_mtime
-        print(f"undisturbed: {STEPS} steps in {training_s:.0f} s")
+        print(f"undisturbed: {asked.steps} steps in {training_s:.0f} s")
         same, damaged = disturb(
             killed, alone, kills=asked.kills, longest_s=0.4 * training_s, seed=asked.seed
         )

@@ -66,11 +66,20 @@ class StopSignals:
         if peer_failed():
             return  # this process ends too, very soon, and there is nobody to agree with
         self.received = number
-        for each, handler in self._previous.items():
+        # A signal to the whole group ends the data loader's workers; torch would raise at that.
+        self._previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, _ignore)
+        for each in _SIGNALS:
+            if each not in self._previous:
+                continue
             # A notebook's kernel outlives its cells; any other process ends, even inside C code.
-            signal.signal(each, handler if "ipykernel" in sys.modules else signal.SIG_DFL)
+            in_notebook = "ipykernel" in sys.modules
+            signal.signal(each, self._previous[each] if in_notebook else signal.SIG_DFL)
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(
                 f"\n{signal.Signals(number).name}: stopping at the next safe point, then saving a "
                 "checkpoint. Once more ends the run at once.\n"
             )
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Stand in for a handler, so that one that is due already finds something to call."""
