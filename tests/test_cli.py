@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 from trl.trainer.grpo_trainer import GRPOTrainer
 from typer.testing import CliRunner
 
@@ -220,3 +223,35 @@ def test_serve_reward_needs_one_model_or_one_reward() -> None:
         assert result.exit_code == 1
         assert result.stderr.startswith("error: ")
         assert "`--model`" in result.stderr or "`model`" in result.stderr
+
+
+def test_check_reward_asks_the_service_of_a_yaml(tmp_path: Path) -> None:
+    class Service(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            scores = [float("4" in text.rpartition("?")[2]) for text in asked["query"]]
+            body = json.dumps({"rewards": scores}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    config = tmp_path / "recipe.yaml"
+    with HTTPServer(("127.0.0.1", 0), Service) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        arguments = {"base_url": f"http://127.0.0.1:{server.server_port}", "protocol": "openrlhf"}
+        config.write_text(yaml.safe_dump({"rewards": [{"name": "api", "arguments": arguments}]}))
+        shown = RUN.invoke(app, ["check-reward", "--config", str(config), "--column", "answer=4"])
+        found = RUN.invoke(app, ["check-reward", "--config", str(config), "--json"])
+        server.shutdown()
+    assert shown.exit_code == 0, shown.output
+    assert "score 1.0 for '2 + 2 is 4.'" in shown.stdout
+    assert "score 0.0 for 'I would rather not say.'" in shown.stdout
+    assert [score for one in json.loads(found.stdout) for score in one["scores"]] == [1.0, 0.0]
+    config.write_text("rewards: [last_number]")
+    refused = RUN.invoke(app, ["check-reward", "--config", str(config)])
+    assert refused.exit_code == 1
+    assert "None of the `rewards` is from an API" in refused.stderr

@@ -1,4 +1,4 @@
-"""The command line: ``trl-grpo-ext env``, ``plan``, ``recipes`` and ``serve-reward``."""
+"""The command line: ``trl-grpo-ext`` with ``env``, ``plan``, ``recipes`` and rewards over HTTP."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -221,6 +221,53 @@ def recipe_files(folder: Path) -> list[Path]:
         for pattern in RECIPE_PATTERNS
         for path in sorted(folder.glob(pattern))
     ]
+
+
+@app.command("check-reward")
+def check_reward_command(
+    *,
+    config: Annotated[Path, typer.Option(help="YAML of a recipe.", exists=True, dir_okay=False)],
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the sample row, as name=value, such as answer=4; repeat for more."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Ask each reward service of a YAML about two samples, and show what it says."""
+    import yaml
+
+    from trl_grpo_ext.errors import ExtGRPOError
+    from trl_grpo_ext.rewards.api.check import api_rewards, check_reward
+
+    columns = dict(pair.split("=", 1) for pair in column or [] if "=" in pair)
+    try:
+        rewards = api_rewards((yaml.safe_load(config.read_text()) or {}).get("rewards", []))
+        found = {r.__name__: check_reward(r, columns=columns) for r in rewards}
+    except (ExtGRPOError, yaml.YAMLError, AttributeError) as error:
+        raise _failure(str(error)) from error
+    checked = [{"reward": name, **asdict(one)} for name, all_ in found.items() for one in all_]
+    if as_json:
+        typer.echo(json.dumps(checked, indent=2))
+    else:
+        for one in checked:
+            _print_checked(one)
+    raise typer.Exit(1 if any(one["problem"] for one in checked) else 0)
+
+
+def _print_checked(checked: dict[str, Any]) -> None:
+    latency = checked["latency_s"]
+    lines = {
+        "asked": checked["url"] or "nothing could be sent",
+        "sent": json.dumps(checked["payload"], indent=2, ensure_ascii=False),
+        "reply": f"HTTP {checked['status']}: {checked['reply']}" if checked["status"] else "none",
+        "latency": "unknown" if latency is None else f"{latency:.2f} s",
+        "problem": checked["problem"] or "none",
+    }
+    typer.echo(f"reward {checked['reward']}")
+    for name, text in lines.items():
+        typer.echo(f"  {name}: {text}")
+    for completion, score in zip(checked["completions"], checked["scores"], strict=False):
+        typer.echo(f"  score {score} for {completion!r}")
 
 
 @app.command("serve-reward")

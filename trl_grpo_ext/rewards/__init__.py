@@ -1,5 +1,6 @@
 """Rewards: plain TRL reward functions, chosen by name or import path."""
 
+from trl_grpo_ext.rewards.api.reward import APIReward
 from trl_grpo_ext.rewards.completion import completion_text
 from trl_grpo_ext.rewards.format import FormatReward
 from trl_grpo_ext.rewards.number import LastNumberReward, NumberDistanceReward, last_number
@@ -14,6 +15,7 @@ from trl_grpo_ext.rewards.registry import (
 
 __all__ = [
     "BUILT_IN_REWARDS",
+    "APIReward",
     "FormatReward",
     "LastNumberReward",
     "NumberDistanceReward",
