@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -223,6 +224,122 @@ def test_interrupted_evaluation_is_done_again(
     assert_same(resumed, alone)
     steps = sorted(path.name for path in (tmp_path / "ended").glob("checkpoint-*"))
     assert steps == (["checkpoint-0"] if at == 1 else []) + ["checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("at", [None, 3])
+def test_the_end_of_an_epoch_is_not_lost(
+    tiny_model_dir: Path, tmp_path: Path, at: int | None
+) -> None:
+    """It comes after the checkpoint of the epoch's last step; at 3, in the middle of it."""
+    options = {"max_steps": 18, "save_steps": 16, "logging_strategy": "epoch"}
+    options |= {"eval_strategy": "epoch", "per_device_eval_batch_size": 4}
+    alone = build(tiny_model_dir, tmp_path / "alone", **options)
+    alone.train()
+    checkpoint = f"{alone.args.output_dir}/checkpoint-16"
+    if at is not None:
+        send = Signal(at)
+
+        def reward(**columns: Any) -> list[float]:
+            if not trainer.model.training:
+                send()
+            return vowels(**columns)
+
+        trainer = build(tiny_model_dir, tmp_path / "ended", reward, **options)
+        trainer.reward_func_names = ["vowels"]
+        checkpoint = interrupted(trainer).checkpoint
+    resumed = build(tiny_model_dir, tmp_path / "resumed", **options)
+    resumed.train(checkpoint)
+    assert_same(resumed, alone)
+
+
+def test_generations_within_a_step(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Two generations a step; the signal comes while the second one is scored."""
+    options = {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "num_iterations": 1}
+    options |= {"max_steps": 4, "save_steps": 9}
+    alone = build(tiny_model_dir, tmp_path / "alone", **options)
+    alone.train()
+    for at in (4, 6):
+        send = Signal(at)
+        trainer = build(tiny_model_dir, tmp_path / f"ended-{at}", **options)
+        trainer.reward_funcs = [lambda send=send, **kw: (send(), vowels(**kw))[1]]
+        interrupted(trainer)
+        resumed = build(tiny_model_dir, tmp_path / f"ended-{at}", **options)
+        resumed.train("last-good")
+        assert_same(resumed, alone)
+
+
+def test_a_trainer_that_was_interrupted_goes_on(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """In the same process, as in a notebook; its later checkpoints are its own."""
+    alone = build(tiny_model_dir, tmp_path / "alone", max_steps=9)
+    alone.train()
+    trainer = build(tiny_model_dir, tmp_path / "ended", max_steps=9)
+    between_micro_batches(trainer)
+    interrupted(trainer)
+    trainer.train("last-good")
+    assert_same(trainer, alone)
+    resumed = build(tiny_model_dir, tmp_path / "resumed", max_steps=9)
+    resumed.train(str(tmp_path / "ended" / "checkpoint-6"))
+    assert_same(resumed, alone)
+
+
+def test_a_finished_run_trains_no_further(tiny_model_dir: Path, tmp_path: Path) -> None:
+    alone = build(tiny_model_dir, tmp_path, max_steps=3)
+    alone.train()
+    again = build(tiny_model_dir, tmp_path, max_steps=3)
+    again.train("last-good")
+    assert again.state.global_step == 3
+    for name, value in alone.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+
+
+def test_a_signal_in_the_last_step_ends_the_program(tiny_model_dir: Path, tmp_path: Path) -> None:
+    trainer = build(tiny_model_dir, tmp_path, max_steps=3)
+    trainer.add_callback(SignalCallback("on_step_end", 3))
+    assert interrupted(trainer).checkpoint == str(tmp_path / "checkpoint-3")
+    assert damage(tmp_path / "checkpoint-3") is None
+
+
+def test_evaluation_stops_between_batches(tiny_model_dir: Path, tmp_path: Path) -> None:
+    options = {"eval_strategy": "steps", "eval_steps": 1, "group_sampler": "transformers"}
+    options |= {"per_device_eval_batch_size": 4, "max_steps": 2}
+    calls = []
+
+    def reward(**columns: Any) -> list[float]:
+        if not trainer.model.training:
+            calls.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return vowels(**columns)
+
+    trainer = build(tiny_model_dir, tmp_path, reward, **options)
+    interrupted(trainer)
+    assert len(calls) == 1
+
+
+def test_a_stream_is_resumed_in_its_second_epoch(tiny_model_dir: Path, tmp_path: Path) -> None:
+    prompts = Dataset.from_dict({"prompt": [f"{a} + {a} =" for a in range(8)]})
+
+    def streamed(out: str) -> ExtGRPOTrainer:
+        given = OPTIONS | {"max_steps": 20, "save_steps": 18, "output_dir": str(tmp_path / out)}
+        config = ExtGRPOConfig(**settings(tmp_path, **given))
+        return ExtGRPOTrainer(str(tiny_model_dir), vowels, config, prompts.to_iterable_dataset())
+
+    alone, resumed = streamed("alone"), streamed("resumed")
+    alone.train()
+    resumed.train(str(tmp_path / "alone" / "checkpoint-18"))
+    for name, value in alone.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+
+
+def test_what_a_reward_logs_can_be_read_back(tiny_model_dir: Path, tmp_path: Path) -> None:
+    def reward(*, completions: list[str], log_extra: Any, **_: Any) -> list[float]:
+        log_extra("half", [np.float64(0.5) for _ in completions])
+        log_extra("kind", [signal.SIGTERM for _ in completions])
+        return vowels(completions=completions)
+
+    build(tiny_model_dir, tmp_path, reward, max_steps=3).train()
+    resumed = build(tiny_model_dir, tmp_path, reward, max_steps=4)
+    resumed.train("last-good")
+    assert resumed.state.global_step == 4
 
 
 def test_last_good_starts_anew_where_there_is_none(tiny_model_dir: Path, tmp_path: Path) -> None:

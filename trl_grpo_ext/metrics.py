@@ -351,7 +351,11 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "tokens",
             "As `num_tokens` (with `include_num_input_tokens_seen`).",
         ),
-        Metric("train_loss", "", "`loss` over the whole run; this and the next in the last log."),
+        Metric(
+            "train_loss",
+            "",
+            "`loss` over the steps of this session; this and the next in the last log.",
+        ),
         Metric("train_runtime", "s", "Of `train()`, evaluations and checkpoints included."),
         Metric(
             "train_samples_per_second",

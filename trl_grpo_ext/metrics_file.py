@@ -49,6 +49,8 @@ class MetricsFile:
             history: ``state.log_history`` of the checkpoint; empty for a run from step 0.
         """
         self._begun, self._history = True, list(history)
+        waiting = {_identity(json.loads(line)) for line in self._waiting}
+        self._history = [e for e in self._history if _identity(_cleaned(e)) not in waiting]
         self._write()
 
     def append(self, entry: Entry) -> None:

@@ -135,6 +135,7 @@ class EvaluationSeams(EvalRowSeams):
         ):
             self._num_evaluated = 0
             for start in self._bar(range(0, len(examples), width)):
+                self.between_batches()
                 batch = examples[start : start + width]
                 batch += batch[:1] * (-len(batch) % processes)
                 share = len(batch) // processes
@@ -142,6 +143,9 @@ class EvaluationSeams(EvalRowSeams):
                 self._generate_and_score_completions(batch[first : first + share])
         self._metrics["eval"].clear()
         return self._gathered(collected)
+
+    def between_batches(self) -> None:
+        """Do what is due between two batches of a greedy pass; every process calls it."""
 
     def _bar(self, starts: range) -> Any:
         return tqdm(

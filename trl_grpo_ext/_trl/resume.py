@@ -34,6 +34,7 @@ logger = logging.get_logger(__name__)
 _RUN_STATE = "run_state_{}.pt"  # of each process
 _LOG_COLUMNS = ("prompt", "completion", "advantages")
 _LOG_TABLES = ("rewards", "extra")
+_EXACT = 1e-9  # [epochs]
 _COUNTS = ("num_skipped", "num_skipped_in_a_row")
 
 
@@ -47,8 +48,14 @@ class ResumeSeams(StoppingSeams):
         self._boundary: dict[str, Any] | None = None  # as it was then
         self._ahead: dict[str, Any] | None = None  # as it was when it had generated
         self._turns: list[dict[str, Any]] = []  # what was sampled
+        self._in_steps = False  # whether a step of this session has begun
+        self.epoch_ended_at: int | None = None  # optimizer steps
+        self._last_rates: tuple[float | None, float | None] = (None, None)
+        self._kept_buffer: Any = None  # the generation in use then, or the one ahead
         self._stopped_state: dict[str, Any] | None = None
         # Of the run that is resumed:
+        self._resumed_from: str | None = None
+        self._train_sampler: Any = None
         self._resumed: dict[str, Any] | None = None
         self._random_to_set: dict[str, Any] | None = None
         self._random_after_evaluation: dict[str, Any] | None = None
@@ -81,11 +88,20 @@ class ResumeSeams(StoppingSeams):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self._boundary, self.last_saved_step = None, None
+        self._ahead, self._turns, self._stopped_state = None, [], None
+        self._in_steps = False
+        self._train_sampler, self._resumed_from, self.epoch_ended_at = None, checkpoint, None
+        if checkpoint is None:
+            self.num_skipped = self.num_skipped_in_a_row = 0
         self._resumed = None if checkpoint is None else self._read_run_state(Path(checkpoint))
         together = ending_together(agreed=(TrainingInterrupted,))
         with StopSignals() as self._signals, together:
             try:
-                return super().train(checkpoint, *args, **kwargs)
+                result = super().train(checkpoint, *args, **kwargs)
+                if not self._anywhere(self.is_asked_to_stop())[0]:
+                    return result
+                self._boundary = None  # the run is over, and saved what it was to save
+                raise self._interrupted()
             except StopRequested:
                 raise self._interrupted() from None
             finally:
@@ -123,6 +139,14 @@ class ResumeSeams(StoppingSeams):
             )
         return TrainingInterrupted(number, saved)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run TRL's epoch, but not of a resumed run that is over: TRL would train a step more."""
+        over = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
+        if self.extended and over:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     # Boundaries: the run between two optimizer steps ----------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -130,14 +154,31 @@ class ResumeSeams(StoppingSeams):
         if self._random_to_set is not None:
             set_random_state(self._random_to_set)
             self._random_to_set = None
-        if self.extended and self.state.global_step != (self._boundary or {}).get("step"):
+        self._in_steps = True
+        if self.extended and self._boundary_is_old:
             self._mark_boundary()
         return super().training_step(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return TRL's batches; a signal to all processes may have ended the loader's workers."""
+        if self._signals is not None and self._in_steps and self._boundary_is_old:
+            self._mark_boundary()
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        except RuntimeError:
+            if self.is_asked_to_stop():
+                self.stop_if_asked()
+            raise
+
+    @property
+    def _boundary_is_old(self) -> bool:
+        return self.state.global_step != (self._boundary or {}).get("step")
 
     def _mark_boundary(self, **more: Any) -> None:
         now = {"step": self.state.global_step, "random": random_state()}
         self._boundary = self._run_state() | now | more
-        self._ahead, self._turns = None, []
+        self._boundary["logged"] = len(self.state.log_history)
+        self._ahead, self._turns, self._kept_buffer = None, [], self._buffered_inputs
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if not self.extended or self._mode != "train" or self._signals is None:
@@ -152,13 +193,15 @@ class ResumeSeams(StoppingSeams):
             return super()._prepare_inputs(generation_batch)
         else:
             inputs = super()._prepare_inputs(generation_batch)
-        self._ahead = self._run_state() | {"random": random_state()}
+        if self._at_boundary:
+            self._ahead = self._run_state() | {"random": random_state()}
+            self._kept_buffer = self._buffered_inputs
         self.stop_if_asked()
         return inputs
 
     def keep_completions(self) -> None:
         """Note what was sampled, so that a run that stops before it is scored has it."""
-        if self._mode == "train" and self._sampled is not None:
+        if self._mode == "train" and self._sampled is not None and self._at_boundary:
             rows = [dataclasses.astuple(completion) for completion in self._sampled]
             self._turns.append({"completions": rows, "random": random_state()})
 
@@ -174,9 +217,20 @@ class ResumeSeams(StoppingSeams):
         return [completion.ids for completion in self._sampled], None
 
     @property
+    def _at_boundary(self) -> bool:
+        """Whether this is the first micro-batch of a step: later generations are drawn again."""
+        return self._boundary is not None and self._step == self._boundary["micro_step"]
+
+    @property
     def _in_generation(self) -> bool:
         """Whether the next micro-batch is of a generation that is there already."""
         return self._step % (cast(int, self.args.steps_per_generation) * self.num_iterations) != 0
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Run TRL's loop, which a callback of the user's may have asked for after a step."""
+        if self.extended and self._signals is not None and self._boundary_is_old:
+            self._mark_boundary()
+        return super().evaluation_loop(*args, **kwargs)
 
     # Evaluate -------------------------------------------------------------------------------------
 
@@ -202,14 +256,40 @@ class ResumeSeams(StoppingSeams):
         """Which evaluation the resumed run was in the middle of."""
         return None if self._resumed is None else self._resumed["state"].get("evaluation")
 
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kw: Any
+    ) -> None:
+        """Run transformers' method, and note what a log at the end of the epoch repeats."""
+        if self.extended and self._signals is not None:
+            norm = grad_norm.item() if isinstance(grad_norm, Tensor) else grad_norm
+            self._last_rates = (norm, kw.get("learning_rate"))
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kw)
+
     def _evaluate_again(self, state: dict[str, Any]) -> None:
         """Do what is left of the step: evaluate, and save if it was to be saved."""
         set_random_state(state["random"])
         self.control.should_evaluate, self.control.should_save = True, state["saves"]
-        self._maybe_log_save_evaluate(
-            self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, time.time()
-        )
+        self._finish_step(state)
         self._random_after_evaluation = random_state()
+
+    def _end_epoch(self, state: dict[str, Any]) -> None:
+        """Do what is left of an epoch whose last step was saved."""
+        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        self._finish_step(state)
+
+    def _finish_step(self, state: dict[str, Any]) -> None:
+        grad_norm, learning_rate = state["rates"]
+        epoch, now = self.state.epoch, time.time()
+        self._maybe_log_save_evaluate(
+            self._tr_loss,
+            grad_norm,
+            self.model_wrapped,
+            None,
+            epoch,
+            None,
+            now,
+            learning_rate=learning_rate,
+        )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._random_after_evaluation is None:
@@ -229,14 +309,22 @@ class ResumeSeams(StoppingSeams):
             "last_logged": self._globalstep_last_logged,
             "num_tokens": self.state.num_input_tokens_seen,
             "flos": self.current_flos,
+            "rates": self._last_rates,
+            "epoch_ends": self._ends_epoch,
         } | {name: getattr(self, name) for name in _COUNTS}
+
+    @property
+    def _ends_epoch(self) -> bool:
+        """Whether the last step was the last one of its epoch, whose end is still to come."""
+        epoch, step = self.state.epoch or 0.0, self.state.global_step
+        return step > 0 and abs(epoch - round(epoch)) < _EXACT and self.epoch_ended_at != step
 
     def _plain_logs(self) -> dict[str, Any]:
         if self.reads_images:
             return {}
         logs: dict[str, Any] = {name: list(self._logs[name]) for name in _LOG_COLUMNS}
         for name in _LOG_TABLES:
-            logs[name] = {column: list(values) for column, values in self._logs[name].items()}
+            logs[name] = {c: [_plain(v) for v in values] for c, values in self._logs[name].items()}
         return logs
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -259,11 +347,13 @@ class ResumeSeams(StoppingSeams):
     def restore_run(self) -> None:
         """Go back to where the resumed checkpoint was; called when the loop is about to begin."""
         self._random_to_set = self._random_after_evaluation = None
-        for _ in range(math.floor((self.state.epoch or 0.0) + 1e-9)):
-            next(iter(self._train_sampler), None)  # each epoch's order comes from one generator
+        for _ in range(math.floor((self.state.epoch or 0.0) + _EXACT)):
+            # Each epoch's order comes from one generator; a stream has no sampler.
+            next(iter(self._train_sampler or ()), None)
         if self._resumed is None:
             return
         state = self._resumed["state"]
+        self.model.train()  # what is logged now is of the training
         self._restore(state)
         if self._resumed.get("ahead") is None:
             self._buffered_inputs = self._resumed.pop("buffer")
@@ -271,6 +361,8 @@ class ResumeSeams(StoppingSeams):
             self._random_to_set = state.get("random")
         elif self._due == "step":
             self._evaluate_again(state)
+        if state["epoch_ends"]:
+            self._end_epoch(state)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         self._train_sampler = super()._get_train_sampler(*args, **kwargs)
@@ -287,7 +379,10 @@ class ResumeSeams(StoppingSeams):
                 return cast(dict[str, Any], kept)
             why = f"it is of a run with {kept['num_processes']} processes, this one has {processes}"
         else:
-            why = f"it has no {path.name}, so plain TRL wrote it, or a run with fewer processes"
+            why = (
+                f"it has no {path.name}, so plain TRL wrote it, a run with fewer processes, or one "
+                "with `save_only_model`"
+            )
         logger.warning(
             f"{checkpoint.name} is resumed as plain TRL does: {why}. Weights and optimizer go on; "
             "pending generations are drawn anew, so the run is not the undisturbed one."
@@ -322,14 +417,19 @@ class ResumeSeams(StoppingSeams):
         """Save the run as it was after its last optimizer step, with what it generated since."""
         boundary, final = self._boundary, f"checkpoint-{self.state.global_step}"
         path = str(Path(self._get_output_dir(None)) / final)
-        new = self._ahead is not None or self._turns
+        if boundary is None:
+            return path if self.last_saved_step == self.state.global_step else None
+        resumed = self._resumed or {}
+        if resumed.get("ahead") is not None or resumed.get("turns"):
+            return self._resumed_from  # it was not used yet, and is all there
+        new = self._ahead is not None or self._turns or "evaluation" in boundary
         if self.last_saved_step == self.state.global_step and not new:
             return path
-        if boundary is None:
-            return None
         self.state.num_input_tokens_seen = boundary["num_tokens"]
         self.current_flos = boundary["flos"]
         self._step = boundary["micro_step"]
+        self._buffered_inputs = self._kept_buffer
+        del self.state.log_history[boundary["logged"] :]
         turns = self._turns if self._ahead is None else []
         self._stopped_state = self._state_to_save(boundary, ahead=self._ahead, turns=turns)
         self._save_checkpoint(self.model_wrapped, None)
@@ -349,7 +449,25 @@ class _RestoreCallback(TrainerCallback):
         """Go back to where the checkpoint was."""
         self._trainer.restore_run()
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note that the end of the epoch came."""
+        self._trainer.epoch_ended_at = state.global_step
+
 
 def _refill(log: Any, values: list[Any]) -> None:
     log.clear()
     log.extend(values)
+
+
+def _plain(value: Any) -> Any:
+    """What a reward function logged, as a value that ``weights_only`` reads again."""
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
+        value = value.item()
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    # Of an exact type: an enumeration of numbers is a number too.
+    return value if value is None or type(value) in (str, int, float, bool) else repr(value)

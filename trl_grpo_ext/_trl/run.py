@@ -82,6 +82,8 @@ class RunSeams(GRPOTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run TRL's step; at the end of an optimizer step, log the seconds that each phase took."""
+        if not self.extended:
+            return cast(Tensor, super().training_step(*args, **kwargs))
         before, start = sum(self._phase_seconds.values()), time.perf_counter()
         loss: Tensor = super().training_step(*args, **kwargs)
         _wait_for_device()
@@ -89,15 +91,15 @@ class RunSeams(GRPOTrainer):
         self._phase_seconds["update"] += time.perf_counter() - start - elsewhere
         if self._step % self.current_gradient_accumulation_steps == 0:
             for phase, seconds in self._phase_seconds.items():
-                if self.extended:
-                    self._metrics["train"][f"time/{phase}"].append(seconds)
+                self._metrics["train"][f"time/{phase}"].append(seconds)
                 self._phase_seconds[phase] = 0.0  # so that a step without it counts in the mean
         return loss
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         """Count the seconds spent inside towards phase ``name`` of the current optimizer step."""
-        _wait_for_device()
+        if self.extended:
+            _wait_for_device()
         start = time.perf_counter()
         yield
         if self.extended and self._mode == "train":

@@ -86,8 +86,10 @@ class SavingSeams(GuardSeams):
 
 def _unwritten(checkpoint: Path, error: Exception) -> str:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    free = shutil.disk_usage(checkpoint.parent).free
-    why = "the disk is full" if full or free < _NEARLY_NOTHING else str(error).splitlines()[0]
+    there = checkpoint.parent if checkpoint.parent.is_dir() else Path.cwd()
+    free = shutil.disk_usage(there).free
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    why = "the disk is full" if full or free < _NEARLY_NOTHING else said
     return (
         f"{checkpoint} could not be written: {why}. What was written of it is removed, and earlier "
         f"checkpoints are untouched. Make room ({free / 1e9:.2f} GB are free; `save_total_limit` "

@@ -61,6 +61,15 @@ class StoppingSeams(SavingSeams):
             raise StopRequested
         return result
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run TRL's step, unless the evaluation is to stop before it."""
+        self.stop_if_asked()
+        return super().prediction_step(*args, **kwargs)
+
+    def between_batches(self) -> None:
+        """Leave a greedy pass if any process was asked to stop."""
+        self.stop_if_asked()
+
     def keep_completions(self) -> None:
         """Note what was sampled, so that a run that stops before it is scored has it."""
 
