@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from trl_grpo_ext._trl.stopping import StoppingSeams, StopRequested
+from trl_grpo_ext._trl.run_state import EXACT, RunStateSeams
+from trl_grpo_ext._trl.stopping import StopRequested
 from trl_grpo_ext.checkpointing import LAST_GOOD, checkpoint_to_resume
 from trl_grpo_ext.errors import CheckpointError
 from trl_grpo_ext.peers import ending_together
@@ -31,17 +32,9 @@ from trl_grpo_ext.signals import StopSignals, TrainingInterrupted
 
 logger = logging.get_logger(__name__)
 
-_RUN_STATE = "run_state_{}.pt"  # of each process
-_LOG_COLUMNS = ("prompt", "completion", "advantages")
-_LOG_TABLES = ("rewards", "extra")
-_EXACT = 1e-9  # [epochs]
-_COUNTS = ("num_skipped", "num_skipped_in_a_row")
 
-
-class ResumeSeams(StoppingSeams):
+class ResumeSeams(RunStateSeams):
     """``trl.GRPOTrainer`` whose resumed run is the run that was ended."""
-
-    _buffered_inputs: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Of this run since its last optimizer step, for a checkpoint if it is stopped:
@@ -49,8 +42,6 @@ class ResumeSeams(StoppingSeams):
         self._ahead: dict[str, Any] | None = None  # as it was when it had generated
         self._turns: list[dict[str, Any]] = []  # what was sampled
         self._in_steps = False  # whether a step of this session has begun
-        self.epoch_ended_at: int | None = None  # optimizer steps
-        self._last_rates: tuple[float | None, float | None] = (None, None)
         self._kept_buffer: Any = None  # the generation in use then, or the one ahead
         self._stopped_state: dict[str, Any] | None = None
         # Of the run that is resumed:
@@ -297,57 +288,12 @@ class ResumeSeams(StoppingSeams):
         else:
             set_random_state(self._random_after_evaluation)
 
-    # What a checkpoint holds beyond transformers' -------------------------------------------------
-
-    def _run_state(self) -> dict[str, Any]:
-        """The run as it is, beyond what transformers saves, as values without classes."""
-        return {
-            "micro_step": self._step,
-            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
-            "logs": self._plain_logs(),
-            "loss": self._tr_loss.detach().clone(),
-            "last_logged": self._globalstep_last_logged,
-            "num_tokens": self.state.num_input_tokens_seen,
-            "flos": self.current_flos,
-            "rates": self._last_rates,
-            "epoch_ends": self._ends_epoch,
-        } | {name: getattr(self, name) for name in _COUNTS}
-
-    @property
-    def _ends_epoch(self) -> bool:
-        """Whether the last step was the last one of its epoch, whose end is still to come."""
-        epoch, step = self.state.epoch or 0.0, self.state.global_step
-        return step > 0 and abs(epoch - round(epoch)) < _EXACT and self.epoch_ended_at != step
-
-    def _plain_logs(self) -> dict[str, Any]:
-        if self.reads_images:
-            return {}
-        logs: dict[str, Any] = {name: list(self._logs[name]) for name in _LOG_COLUMNS}
-        for name in _LOG_TABLES:
-            logs[name] = {c: [_plain(v) for v in values] for c, values in self._logs[name].items()}
-        return logs
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self._step = state["micro_step"]
-        self._metrics["train"].clear()
-        for name, values in state["metrics"].items():
-            self._metrics["train"][name].extend(values)
-        logs = state["logs"]
-        for name in _LOG_COLUMNS if logs else ():
-            _refill(self._logs[name], logs[name])
-        for name in _LOG_TABLES if logs else ():
-            for column, values in logs[name].items():
-                _refill(self._logs[name][column], values)
-        self._tr_loss = state["loss"].to(self.args.device)
-        self._globalstep_last_logged = state["last_logged"]
-        self.state.num_input_tokens_seen = state["num_tokens"]
-        for name in _COUNTS:
-            setattr(self, name, state[name])
+    # Restore --------------------------------------------------------------------------------------
 
     def restore_run(self) -> None:
         """Go back to where the resumed checkpoint was; called when the loop is about to begin."""
         self._random_to_set = self._random_after_evaluation = None
-        for _ in range(math.floor((self.state.epoch or 0.0) + _EXACT)):
+        for _ in range(math.floor((self.state.epoch or 0.0) + EXACT)):
             # Each epoch's order comes from one generator; a stream has no sampler.
             next(iter(self._train_sampler or ()), None)
         if self._resumed is None:
@@ -368,41 +314,12 @@ class ResumeSeams(StoppingSeams):
         self._train_sampler = super()._get_train_sampler(*args, **kwargs)
         return self._train_sampler
 
-    def _read_run_state(self, checkpoint: Path) -> dict[str, Any] | None:
-        processes = self.accelerator.num_processes
-        path = checkpoint / _RUN_STATE.format(self.accelerator.process_index)
-        if path.is_file():
-            kept = torch.load(path, map_location="cpu", weights_only=True)
-            kept["buffer"] = send_to_device(kept["buffer"], self.accelerator.device)
-            self._compare_references(kept["reference"])
-            if kept["num_processes"] == processes:
-                return cast(dict[str, Any], kept)
-            why = f"it is of a run with {kept['num_processes']} processes, this one has {processes}"
-        else:
-            why = (
-                f"it has no {path.name}, so plain TRL wrote it, a run with fewer processes, or one "
-                "with `save_only_model`"
-            )
-        logger.warning(
-            f"{checkpoint.name} is resumed as plain TRL does: {why}. Weights and optimizer go on; "
-            "pending generations are drawn anew, so the run is not the undisturbed one."
-        )
-        return None
-
-    def _compare_references(self, began_with: str) -> None:
-        if began_with != self.reference_source and self.is_world_process_zero():
-            logger.warning(
-                f"The run began with the reference '{began_with}' and goes on with "
-                f"'{self.reference_source}', so its KL is another one. Give the `model` and the "
-                "`reference` that it began with."
-            )
-
     # Save -----------------------------------------------------------------------------------------
 
     def save_run_state(self, folder: Path) -> None:
         """Write where the run is, or where it was when it is stopped."""
         state = self._stopped_state or self._state_to_save(self._run_state())
-        torch.save(state, folder / _RUN_STATE.format(self.accelerator.process_index))
+        torch.save(state, folder / self.run_state_name)
 
     def _state_to_save(self, state: dict[str, Any], **more: Any) -> dict[str, Any]:
         keeps = self._in_generation or more.get("ahead") is not None
@@ -454,20 +371,3 @@ class _RestoreCallback(TrainerCallback):
     ) -> None:
         """Note that the end of the epoch came."""
         self._trainer.epoch_ended_at = state.global_step
-
-
-def _refill(log: Any, values: list[Any]) -> None:
-    log.clear()
-    log.extend(values)
-
-
-def _plain(value: Any) -> Any:
-    """What a reward function logged, as a value that ``weights_only`` reads again."""
-    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
-        value = value.item()
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, dict):
-        return {str(name): _plain(each) for name, each in value.items()}
-    # Of an exact type: an enumeration of numbers is a number too.
-    return value if value is None or type(value) in (str, int, float, bool) else repr(value)
