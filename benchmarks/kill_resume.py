@@ -7,10 +7,11 @@ A small random model is trained once without a disturbance. Then the same run is
 moments and resumed from its last good checkpoint, until it is through: two kills out of four are
 `kill -9` at any moment, one is `kill -9` while a checkpoint is being written, one is SIGTERM, which
 saves first. The run has every kind of state that a resume could lose: data loader workers, gradient
-accumulation, generations that are used for several steps and iterations, dynamic sampling, logs
-that span a checkpoint, evaluations, several epochs. After each kill every checkpoint is read and
-compared with its manifest. Final weights and all logged metrics but times are compared, bit for
-bit. Runs on the CPU in float32, one thread a process.
+accumulation, generations that are used for several steps and iterations, dynamic sampling, a reward
+from a service with its scores cached on disk, logs that span a checkpoint, evaluations, several
+epochs. After each kill every checkpoint is read and compared with its manifest. Final weights and
+all logged metrics but times are compared, bit for bit. Runs on the CPU in float32, one thread a
+process.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -43,10 +47,11 @@ LONGEST_S = 600.0  # that an attempt may take
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: where its model and output are, over how many steps and processes."""
+    """One training run: its model, output and reward service, steps and processes."""
 
     model: Path
     output: Path
+    service: str
     num_steps: int
     num_processes: int
 
@@ -97,6 +102,41 @@ def letters(*, completions: list[str], **_: object) -> list[float]:
     return [float(sum(c.isalpha() for c in text) > len(text) / 3) for text in completions]
 
 
+class Digits(BaseHTTPRequestHandler):
+    """Scores like an OpenRLHF reward server: whether there is a digit, after a while."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        """Score the completions of one request."""
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        pairs = zip(asked["query"], asked["prompts"], strict=True)
+        texts = [query.removeprefix(prompt) for query, prompt in pairs]
+        time.sleep(0.02 * (sum(map(ord, "".join(texts))) % 3))
+        scores = [0.5 * any(c.isdigit() for c in text) for text in texts]
+        reply = json.dumps({"rewards": scores}).encode()
+        with suppress(ConnectionError):  # the run was killed
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def serving() -> Iterator[str]:
+    """Serve the reward on this machine; yield its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Digits)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+
+
 def train(run: Run, rank: int, port: int) -> None:
     """Train as one process of the run, from its last good checkpoint; write the result."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -114,6 +154,7 @@ def train(run: Run, rank: int, port: int) -> None:
     from datasets import Dataset
 
     from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
+    from trl_grpo_ext.rewards import APIReward
 
     torch.set_num_threads(1)
     rows = Dataset.from_dict({"prompt": [f"{a} and {a * a} make" for a in range(17)]})
@@ -134,7 +175,7 @@ def train(run: Run, rank: int, port: int) -> None:
         num_iterations=2,
         num_generations=4,
         max_completion_length=12,
-        # DYN dynamic_sampling=True,
+        dynamic_sampling=True,
         dataloader_num_workers=2,
         gradient_checkpointing=False,
         logging_steps=3,
@@ -144,7 +185,11 @@ def train(run: Run, rank: int, port: int) -> None:
         eval_steps=5,
         eval_on_start=True,
     )
-    trainer = ExtGRPOTrainer(str(run.model), letters, config, rows, rows.select(range(5)))
+    digits = APIReward(
+        run.service, protocol="openrlhf", log_as="digits", cache_dir=run.output / "scores"
+    )
+    rewards = [letters, digits]
+    trainer = ExtGRPOTrainer(str(run.model), rewards, config, rows, rows.select(range(5)))
     run.began.touch()
     trainer.train(resume_from_checkpoint="last-good")
     if rank == 0:
@@ -155,8 +200,8 @@ def train(run: Run, rank: int, port: int) -> None:
 
 
 def untimed(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return what a log says but for times, which no run repeats."""
-    timed = ("time", "runtime", "per_second")
+    """Return what a log says but for times and what was asked, which no run repeats."""
+    timed = ("time", "runtime", "per_second", "latency", "requests", "retries", "cache_hits")
     return {k: v for k, v in entry.items() if not any(word in k for word in timed)}
 
 
@@ -280,11 +325,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as the last line")
     asked = parser.parse_args()
     multiprocessing.get_context("forkserver").set_forkserver_preload(["trl_grpo_ext.trainer"])
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, serving() as service:
         folder = asked.keep or Path(scratch)
         model = make_model(folder / "model", width=asked.width)
-        alone = Run(model, folder / "alone", asked.steps, asked.processes)
-        killed = Run(model, folder / "killed", asked.steps, asked.processes)
+        alone = Run(model, folder / "alone", service, asked.steps, asked.processes)
+        killed = Run(model, folder / "killed", service, asked.steps, asked.processes)
         for run in (alone, killed):
             run.output.mkdir()
         if set(codes := finish(start(alone))) != {0}:

@@ -29,6 +29,7 @@ from trl_grpo_ext.reference.options import (
     reference_problems,
 )
 from trl_grpo_ext.reference.quantized import QuantizationType
+from trl_grpo_ext.rewards.options import OnOutage, RewardOptions, reward_option_problems
 from trl_grpo_ext.robustness import RobustnessOptions, robustness_problems
 from trl_grpo_ext.sampling.settings import generation_keys, unsupported_generation_keys
 
@@ -38,7 +39,9 @@ OldLogprobs = Literal["sampler", "recompute"]
 
 
 @dataclass
-class ExtensionOptions(ReferenceOptions, EvaluationOptions, RobustnessOptions, LogOptions):
+class ExtensionOptions(
+    ReferenceOptions, EvaluationOptions, RewardOptions, RobustnessOptions, LogOptions
+):
     """What this package adds to ``trl.GRPOConfig``.
 
     With the defaults, given completions get the log-probabilities, losses and gradients of plain
@@ -48,6 +51,7 @@ class ExtensionOptions(ReferenceOptions, EvaluationOptions, RobustnessOptions, L
 
     Those of a subject stand with it: :class:`~trl_grpo_ext.reference.options.ReferenceOptions`,
     :class:`~trl_grpo_ext.evaluation.options.EvaluationOptions`,
+    :class:`~trl_grpo_ext.rewards.options.RewardOptions`,
     :class:`~trl_grpo_ext.robustness.RobustnessOptions` and
     :class:`~trl_grpo_ext.log_options.LogOptions`.
     """
@@ -192,6 +196,7 @@ def configuration_problems(config: GRPOConfig) -> Iterator[str]:
         yield problem
     yield from _sampler_problems(config, options)
     yield from log_problems(options)
+    yield from reward_option_problems(options)
     yield from robustness_problems(options)
     yield from evaluation_problems(
         options,
@@ -226,6 +231,7 @@ def _unknown_values(config: GRPOConfig, options: ExtensionOptions) -> Iterator[s
         ("shared_prefix", options.shared_prefix, get_args(SharedPrefixMode)),
         ("old_logprobs", options.old_logprobs, get_args(OldLogprobs)),
         ("kl_estimator", options.kl_estimator, get_args(KLEstimator)),
+        ("on_outage", options.on_outage, get_args(OnOutage)),
         ("reference", options.reference, get_args(ReferenceKind)),
         (
             "reference_quantization",

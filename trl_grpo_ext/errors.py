@@ -30,6 +30,14 @@ class RewardError(ExtGRPOError, ValueError):
     """A reward function returned something else than one number or ``None`` a completion."""
 
 
+class RewardRefusedError(RewardError):
+    """A service refuses what a reward asks, so that asking again would not help."""
+
+
+class RewardOutageError(RewardError):
+    """Too much of a batch has no score, so that it cannot be trained on."""
+
+
 class ContractError(ExtGRPOError, ImportError):
     """The installed TRL changed a member that this package relies on."""
 

@@ -126,6 +126,7 @@ class ExtGRPOTrainer(ResumeSeams):
                 model,
                 prompts,
                 settings=settings,
+                on_finished=self.completion_finished,
                 should_stop=self.should_stop_sampling,
                 progress=progress,
             )
@@ -137,6 +138,7 @@ class ExtGRPOTrainer(ResumeSeams):
             seed=self.args.seed,
             step=step,
             max_live_tokens=self.options.max_live_tokens,
+            on_finished=self.completion_finished,
             should_stop=self.should_stop_sampling,
             progress=progress,
         )

@@ -83,7 +83,12 @@ SEAMS = (
         constants=("advantages", "log_probs", "entropy"),
     ),
     Seam("create_model_card", names=("output_dir", "save"), constants=("README.md",)),
-    Seam("_generate", parameters=("prompts",), names=("_generate_single_turn", "rollout_func")),
+    Seam(
+        "_generate",
+        parameters=("prompts",),
+        names=("_generate_single_turn", "parse_response", "rollout_func"),
+        constants=("response_schema", "response_template"),
+    ),
     Seam(
         "_generate_single_turn",
         parameters=("prompt_ids", "images", "multimodal_fields"),
@@ -128,6 +133,8 @@ SEAMS = (
         parameters=("inputs", "prompts", "completions", "completion_ids_list"),
         names=("reward_funcs", "reward_processing_classes", "_log_metric"),
     ),
+    Seam("_log_metric", parameters=("name", "value"), names=("_pending_metrics",)),
+    Seam("_log_completion_extra", names=("_pending_extra_logs",)),
     Seam(
         "_generate_and_score_completions",
         parameters=("inputs",),

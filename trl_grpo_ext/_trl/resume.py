@@ -24,9 +24,10 @@ from transformers.utils import logging
 from trl_grpo_ext._trl.run_state import EXACT, RunStateSeams
 from trl_grpo_ext._trl.stopping import StopRequested
 from trl_grpo_ext.checkpointing import LAST_GOOD, checkpoint_to_resume
-from trl_grpo_ext.errors import CheckpointError
+from trl_grpo_ext.errors import CheckpointError, RewardOutageError
 from trl_grpo_ext.peers import ending_together
 from trl_grpo_ext.randomness import random_state, set_random_state
+from trl_grpo_ext.rewards.scores import Score
 from trl_grpo_ext.sampling import Completion
 from trl_grpo_ext.signals import StopSignals, TrainingInterrupted
 
@@ -41,6 +42,7 @@ class ResumeSeams(RunStateSeams):
         self._boundary: dict[str, Any] | None = None  # as it was then
         self._ahead: dict[str, Any] | None = None  # as it was when it had generated
         self._turns: list[dict[str, Any]] = []  # what was sampled
+        self._scores: list[list[list[Score] | None]] = []  # of what was sampled, a batch each
         self._in_steps = False  # whether a step of this session has begun
         self._kept_buffer: Any = None  # the generation in use then, or the one ahead
         self._stopped_state: dict[str, Any] | None = None
@@ -79,8 +81,10 @@ class ResumeSeams(RunStateSeams):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self._boundary, self.last_saved_step = None, None
-        self._ahead, self._turns, self._stopped_state = None, [], None
+        self._ahead, self._turns, self._scores, self._stopped_state = None, [], [], None
         self._in_steps = False
+        self._pending_metrics.clear()  # of a batch that an earlier call was stopped in
+        self._pending_extra_logs.clear()
         self._train_sampler, self._resumed_from, self.epoch_ended_at = None, checkpoint, None
         if checkpoint is None:
             self.num_skipped = self.num_skipped_in_a_row = 0
@@ -95,6 +99,8 @@ class ResumeSeams(RunStateSeams):
                 raise self._interrupted()
             except StopRequested:
                 raise self._interrupted() from None
+            except RewardOutageError as outage:
+                raise self._ended_by(outage) from None
             finally:
                 self._signals = None
 
@@ -116,19 +122,23 @@ class ResumeSeams(RunStateSeams):
 
     def _interrupted(self) -> TrainingInterrupted:
         """Save the state of the last boundary; return the exception that ends the program."""
-        self.is_in_train = False
         received = self._signals.received if self._signals is not None else 0
         local = torch.tensor([received], device=self.accelerator.device)
         number = int(self.accelerator.gather(local).max())  # it may have come to another process
         saved = self._save_boundary()
         if self.is_world_process_zero():
-            where = f"Saved {saved}" if saved else "It had not begun, so nothing is saved"
             logger.warning(
                 f"{signal.Signals(number).name} stopped the run after step "
-                f"{self.state.global_step}. {where}. To go on, run the same with "
-                f"`resume_from_checkpoint: {LAST_GOOD}`."
+                f"{self.state.global_step}. {_how_to_go_on(saved)}"
             )
         return TrainingInterrupted(number, saved)
+
+    def _ended_by(self, outage: RewardOutageError) -> RewardOutageError:
+        """Save the state of the last boundary with the scores there are; return what to raise."""
+        return RewardOutageError(
+            f"After step {self.state.global_step}: {outage} {_how_to_go_on(self._save_boundary())} "
+            "Only what has no score is asked for then."
+        )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run TRL's epoch, but not of a resumed run that is over: TRL would train a step more."""
@@ -169,7 +179,8 @@ class ResumeSeams(RunStateSeams):
         now = {"step": self.state.global_step, "random": random_state()}
         self._boundary = self._run_state() | now | more
         self._boundary["logged"] = len(self.state.log_history)
-        self._ahead, self._turns, self._kept_buffer = None, [], self._buffered_inputs
+        self._ahead, self._turns, self._scores = None, [], []
+        self._kept_buffer = self._buffered_inputs
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if not self.extended or self._mode != "train" or self._signals is None:
@@ -206,6 +217,19 @@ class ResumeSeams(RunStateSeams):
         set_random_state(turn["random"])
         self.keep_completions()
         return [completion.ids for completion in self._sampled], None
+
+    def known_scores(self) -> list[list[Score] | None]:
+        """Return the scores that an interrupted run had of the batch that it kept."""
+        kept = self._resumed.get("scores") if self._resumed is not None else None
+        known = kept.pop(0) if kept and self._mode == "train" else super().known_scores()
+        if self._mode == "train":
+            self._scores.append(known)
+        return known
+
+    def keep_scores(self, scores: list[list[Score] | None]) -> None:
+        """Note the scores of the batch, so that a run that stops before it is whole has them."""
+        if self._mode == "train":
+            self._scores[-1] = scores
 
     @property
     def _at_boundary(self) -> bool:
@@ -332,6 +356,7 @@ class ResumeSeams(RunStateSeams):
 
     def _save_boundary(self) -> str | None:
         """Save the run as it was after its last optimizer step, with what it generated since."""
+        self.is_in_train = False
         boundary, final = self._boundary, f"checkpoint-{self.state.global_step}"
         path = str(Path(self._get_output_dir(None)) / final)
         if boundary is None:
@@ -348,10 +373,18 @@ class ResumeSeams(RunStateSeams):
         self._buffered_inputs = self._kept_buffer
         del self.state.log_history[boundary["logged"] :]
         turns = self._turns if self._ahead is None else []
-        self._stopped_state = self._state_to_save(boundary, ahead=self._ahead, turns=turns)
+        scores = [*self._scores, *resumed.get("scores", [])][: len(turns)]
+        self._stopped_state = self._state_to_save(
+            boundary, ahead=self._ahead, turns=turns, scores=scores
+        )
         self._save_checkpoint(self.model_wrapped, None)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         return path
+
+
+def _how_to_go_on(saved: str | None) -> str:
+    where = f"Saved {saved}" if saved else "It had not begun, so nothing is saved"
+    return f"{where}. To go on, run the same with `resume_from_checkpoint: {LAST_GOOD}`."
 
 
 class _RestoreCallback(TrainerCallback):

@@ -78,6 +78,15 @@ class RunSeams(GRPOTrainer):
             PreTrainedModel, inner.get_base_model() if hasattr(inner, "peft_config") else inner
         )
 
+    # Stop: nobody asks for it here ----------------------------------------------------------------
+
+    def is_asked_to_stop(self) -> bool:
+        """Return whether a signal asked this process to stop."""
+        return False
+
+    def stop_if_asked(self) -> None:
+        """Leave the loop if any process was asked to stop; every process must call it."""
+
     # Time a phase ---------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

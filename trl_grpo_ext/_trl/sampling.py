@@ -45,6 +45,9 @@ class SamplingSeams(RunSeams):
         """
         raise NotImplementedError
 
+    def completion_finished(self, index: int, completion: Completion) -> None:
+        """Take note of a completion of the batch, while others are still sampled."""
+
     @property
     def samples_itself(self) -> bool:
         """Whether :meth:`sample_completions` takes TRL's place."""

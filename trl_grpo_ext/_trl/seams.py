@@ -6,8 +6,7 @@ to a hook with a public name. A hook that is not overridden leaves TRL's own res
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trl_grpo_ext._trl.own_reference import OwnReference
+from trl_grpo_ext._trl.rewards import RewardSeams
 from trl_grpo_ext.losses import LOSS_TYPE_REDUCTIONS, ImportanceLevel, LossReduction
 
 
@@ -46,27 +45,17 @@ class KLInputs:
     accumulation_steps: int
 
 
-class SeamedGRPOTrainer(OwnReference):
+class SeamedGRPOTrainer(RewardSeams):
     """``trl.GRPOTrainer`` with public hooks: completions, rewards, advantages, KL and reference."""
 
     _logs: dict[str, Any]
-    _tag_names = [*OwnReference._tag_names, "trl-grpo-ext"]  # noqa: RUF012 - as in TRL
+    _tag_names = [*RewardSeams._tag_names, "trl-grpo-ext"]  # noqa: RUF012 - as in TRL
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._rewards_per_func: Tensor | None = None
-        self._num_non_finite: list[int] = []
         super().__init__(*args, **kwargs)
 
     # Hooks: what a subclass overrides -------------------------------------------------------------
-
-    def checked_reward(
-        self, reward_func: Callable[..., Any], name: str, count_non_finite: Callable[[int], None]
-    ) -> Callable[..., Any]:
-        """Return the reward function that TRL calls in the place of ``reward_func``.
-
-        It reports to ``count_non_finite`` how many of its scores were not finite.
-        """
-        return reward_func
 
     def compute_advantages(self, rewards_BR: Tensor, group_size: int) -> Tensor | None:
         """Return the advantages, shape ``(B,)``; ``None`` keeps TRL's."""
@@ -81,45 +70,9 @@ class SeamedGRPOTrainer(OwnReference):
         """Return the KL penalty to add to the loss, and each token's KL in nats, ``(B, T)``."""
         raise NotImplementedError
 
-    # Rewards --------------------------------------------------------------------------------------
-
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.extended:
-            return cast(Tensor, super()._calculate_rewards(*args, **kwargs))
-        self._num_non_finite = [0] * len(self.reward_funcs)
-        with self._phase("rewards"), self._checked_rewards():
-            rewards_BR: Tensor = super()._calculate_rewards(*args, **kwargs)
-        self._log_non_finite(rewards_BR)
-        self._rewards_per_func = rewards_BR.masked_fill(rewards_BR.isinf(), torch.nan)
+        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
         return self._rewards_per_func
-
-    @contextmanager
-    def _checked_rewards(self) -> Iterator[None]:
-        given = self.reward_funcs
-        self.reward_funcs = [
-            func
-            if isinstance(func, nn.Module)
-            else self.checked_reward(cast(Any, func), name, functools.partial(self._count, i))
-            for i, (func, name) in enumerate(zip(given, self.reward_func_names, strict=True))
-        ]
-        try:
-            yield
-        finally:
-            self.reward_funcs = given
-
-    def _count(self, reward: int, num_non_finite: int) -> None:
-        self._num_non_finite[reward] += num_non_finite
-
-    def _log_non_finite(self, rewards_BR: Tensor) -> None:
-        """Log how many scores of each reward were NaN or infinite, over all processes."""
-        local = torch.tensor(self._num_non_finite, device=rewards_BR.device)
-        by_function = self.accelerator.reduce(local, reduction="sum").tolist()
-        by_model = (~rewards_BR.isfinite()).sum(dim=0).tolist()
-        for i, (func, name) in enumerate(
-            zip(self.reward_funcs, self.reward_func_names, strict=True)
-        ):
-            count = by_model[i] if isinstance(func, nn.Module) else by_function[i]
-            self._metrics[self._mode][f"rewards/{name}/non_finite"].append(float(count))
 
     # Advantages -----------------------------------------------------------------------------------
 
@@ -128,10 +81,10 @@ class SeamedGRPOTrainer(OwnReference):
         rewards_BR, self._rewards_per_func = self._rewards_per_func, None
         if not self.extended or rewards_BR is None:
             return output
-        group_size = self.num_generations if self._mode == "train" else self.num_generations_eval
-        advantages_B = self.compute_advantages(rewards_BR, cast(int, group_size))
+        group_size = self._group_size_in_mode
+        advantages_B = self.compute_advantages(rewards_BR, group_size)
         if advantages_B is not None:
-            self._replace_advantages(output, advantages_B, cast(int, group_size))
+            self._replace_advantages(output, advantages_B, group_size)
         return output
 
     def _replace_advantages(

@@ -122,7 +122,7 @@ def test_submitted_item_is_asked_once_and_collected_later() -> None:
 
     async def work(scorer: Scorer) -> list[Any]:
         for _ in range(3):
-            await scorer.submit(Item("p", "early", {"answer": 7}, group=5))
+            await scorer.submit([Item("p", "early", {"answer": 7}, group=5)])
         await asyncio.sleep(2.0)
         sent = list(service.texts)
         batch = [Item("p", "late"), Item("p", "early", {"answer": 7, "unused": 1}), *items("early")]
@@ -143,8 +143,8 @@ def test_equal_completions_of_a_group_share_what_was_submitted() -> None:
     service = Service()
 
     async def work(scorer: Scorer) -> list[float | None]:
-        await scorer.submit(Item("p", "twin"))
-        await scorer.submit(Item("p", "twin"))
+        await scorer.submit([Item("p", "twin")])
+        await scorer.submit([Item("p", "twin")])
         return (await scorer.collect(items("twin", "twin", "a"))).scores
 
     assert with_scorer(work, service=service) == [4, 4, 1]
@@ -153,7 +153,7 @@ def test_equal_completions_of_a_group_share_what_was_submitted() -> None:
 
 def test_refusal_of_what_was_submitted_is_raised_when_it_is_collected() -> None:
     async def work(scorer: Scorer) -> None:
-        await scorer.submit(Item("p", "refuse"))
+        await scorer.submit([Item("p", "refuse")])
         await asyncio.sleep(2.0)
         with pytest.raises(RewardError, match="HTTP 401"):
             await scorer.collect(items("refuse"))
@@ -165,9 +165,9 @@ def test_what_nobody_collects_is_forgotten() -> None:
     service = Service()
 
     async def work(scorer: Scorer) -> None:
-        await scorer.submit(Item("p", "old"))
+        await scorer.submit([Item("p", "old")])
         await asyncio.sleep(100.0)
-        await scorer.submit(Item("p", "new"))
+        await scorer.submit([Item("p", "new")])
         await scorer.collect(items("old", "new"))
 
     with_scorer(work, service=service, forget_after_s=60.0)

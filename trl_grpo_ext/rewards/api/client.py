@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import httpx2
 
-from trl_grpo_ext.errors import RewardError
+from trl_grpo_ext.errors import RewardError, RewardRefusedError
 from trl_grpo_ext.rewards.api.body import has_non_finite, read_reply
 from trl_grpo_ext.rewards.api.connection import Exchange, open_http, post, sent_headers
 from trl_grpo_ext.rewards.api.endpoints import Endpoints
@@ -135,7 +135,7 @@ class RewardClient:
         if is_retriable(exchange.status):
             wait_s = retry_after_s(exchange.headers.get("retry-after"))
             return RetriableError(f"HTTP {exchange.status}", wait_s=wait_s)
-        return RewardError(
+        return RewardRefusedError(
             f"reward '{self._name}' was refused by {shown_url(exchange.url)} (HTTP "
             f"{exchange.status}: {self._said(exchange)}), so it can score nothing; asking again "
             f"would not help. {_HINTS.get(exchange.status, _HINT)}"

@@ -45,10 +45,10 @@ def batch_items(
     ]
 
 
-def row_item(row: Mapping[str, Any], completion: Completion, *, group: int) -> Item:
+def row_item(row: Mapping[str, Any], completion: Completion) -> Item:
     """Return the item of one completion of a row of the data set."""
     columns = {name: value for name, value in row.items() if name not in _NOT_COLUMNS}
-    return Item(row["prompt"], completion_text(completion), columns, group)
+    return Item(row["prompt"], completion_text(completion), columns)
 
 
 def _groups(prompts: Sequence[Any]) -> list[int]:

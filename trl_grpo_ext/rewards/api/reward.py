@@ -25,6 +25,7 @@ from trl_grpo_ext.rewards.api.settings import APISettings, api_problems, shown_u
 from trl_grpo_ext.rewards.api.statistics import RewardStatistics, summarize
 from trl_grpo_ext.rewards.api.wire import WireProtocol
 from trl_grpo_ext.rewards.completion import Completion
+from trl_grpo_ext.rewards.missing import OnMissing, missing_problems
 from trl_grpo_ext.rewards.scores import Score
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,17 @@ class APIReward:
         protocol: The name of a protocol, or an object that is one.
         log_as: The name under which the trainer logs this reward; by default the protocol's, with
             a number where another object has it already.
+        on_missing: What :class:`~trl_grpo_ext.trainer.ExtGRPOTrainer` makes of a completion without
+            a score: ``"exclude"`` leaves it out of its group, whatever other rewards say of it;
+            ``"skip"`` counts the other rewards alone, as plain TRL does.
         options: Fields of :class:`APISettings`, such as ``api_key_env`` and ``deadline_s``; all
             others are the protocol's, such as ``model`` and ``rubric``.
+
+    Attributes:
+        statistics: Figures of the last call.
+        failure: Why it left completions without a score; empty if it did not.
+        needs_group: Whether the protocol compares the completions of a prompt, so that all of them
+            must be in one call.
 
     Raises:
         ConfigurationError: Everything that cannot work in address, settings and options.
@@ -69,10 +79,14 @@ class APIReward:
         *,
         protocol: str | WireProtocol,
         log_as: str | None = None,
+        on_missing: OnMissing = "exclude",
         **options: Any,
     ) -> None:
-        self.settings, self.protocol = _configured(base_url, protocol, options)
+        self.settings, self.protocol = _configured(base_url, protocol, on_missing, options)
+        self.on_missing = on_missing
+        self.needs_group = bool(getattr(self.protocol, "is_relative", False))
         self.statistics = RewardStatistics()
+        self.failure = ""
         self.required_columns = frozenset(getattr(self.protocol, "required_columns", ()))
         self.__name__ = log_as or _free_name(_protocol_name(self.protocol))
         self._session: Session | None = None
@@ -84,6 +98,7 @@ class APIReward:
         prompts: Sequence[Any],
         completions: Sequence[Completion],
         log_metric: Callable[[str, float], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
         **columns: Any,
     ) -> list[Score]:
         """Return one score a completion; called by TRL with lists of equal length.
@@ -92,6 +107,8 @@ class APIReward:
             prompts: Texts, or conversations.
             completions: Texts, or lists of messages of which the last one is scored.
             log_metric: Given the figures of ``statistics``, as ``rewards/<name>/<figure>``.
+            should_stop: Asked while answers are awaited; when it says yes, the call returns with
+                the scores that are there.
             columns: Of the data set, a value a completion; what else TRL passes is left alone.
 
         Raises:
@@ -99,13 +116,13 @@ class APIReward:
                 that no settings of this object can be right.
         """
         items = batch_items(prompts, completions, columns, name=self.__name__)
-        scored = self.session().wait(lambda scorer: scorer.collect(items))
+        scored = self.session().wait(lambda scorer: scorer.collect(items), should_stop=should_stop)
         self.statistics = summarize(
             scored.scores,
             scored.answers,
             price_per_million_tokens=self.settings.price_per_million_tokens,
         )
-        self._warn_of_unscored(scored)
+        self._note_failure(scored)
         if log_metric:
             self.statistics.log(log_metric, name=self.__name__)
         return scored.scores
@@ -120,17 +137,23 @@ class APIReward:
     ) -> None:
         """Start scoring a completion, without waiting; the next call collects the score.
 
-        Doing so again with the same completion of the same row changes nothing. Protocols that
-        compare the completions of a group have nothing to ask about one alone: the call asks.
+        Doing so again with the same arguments changes nothing. A reward with ``needs_group`` has
+        nothing to ask about one completion alone: see :meth:`submit_group`.
 
         Args:
             row: Of the data set, with its ``prompt``.
             completion: As in a call.
             completion_ids: Not used; the trainer has them at hand.
-            group_index: Not used, as the score is that of the completion alone.
+            group_index: Place among the completions of the row. Completions with the same text
+                are one to a judge that is not sampled.
         """
-        item = row_item(row, completion, group=group_index)
-        self.session().start(lambda scorer: scorer.submit(item))
+        item = row_item(row, completion)
+        self.session().start(lambda scorer: scorer.submit([item], copy=group_index))
+
+    def submit_group(self, *, row: Mapping[str, Any], completions: Sequence[Completion]) -> None:
+        """Start scoring all completions of a row, which are compared with each other."""
+        items = [row_item(row, completion) for completion in completions]
+        self.session().start(lambda scorer: scorer.submit(items))
 
     def session(self) -> Session:
         """Return the thread in which this process asks, started if there is none."""
@@ -177,10 +200,12 @@ class APIReward:
         """Return what opens a scorer; it does not hold this object, which could not be freed."""
         return partial(_open_scorer, self.settings, self.protocol, self.__name__)
 
-    def _warn_of_unscored(self, scored: Scored) -> None:
+    def _note_failure(self, scored: Scored) -> None:
+        """Keep why completions have no score, and warn."""
         failures = Counter(answer.failure for answer in scored.answers if answer.failure)
         num_unscored = sum(score is None for score in scored.scores)
-        if not failures or not num_unscored:
+        self.failure = failures.most_common(1)[0][0] if failures and num_unscored else ""
+        if not self.failure:
             return
         logger.warning(
             "reward '%s' got no score for %d of %d completions from %s after %d requests (mostly: "
@@ -189,10 +214,15 @@ class APIReward:
             self.__name__,
             num_unscored,
             len(scored.scores),
-            " or ".join(shown_url(url) for url in self.settings.base_urls),
+            self.address,
             self.statistics.requests,
-            failures.most_common(1)[0][0],
+            self.failure,
         )
+
+    @property
+    def address(self) -> str:
+        """The service's, for people; without what may be secret."""
+        return " or ".join(shown_url(url) for url in self.settings.base_urls)
 
 
 def _renew_all() -> None:
@@ -227,7 +257,10 @@ def _identity(settings: APISettings, protocol: WireProtocol) -> list[Any]:
 
 
 def _configured(
-    base_url: str | Sequence[str], protocol: str | WireProtocol, options: Mapping[str, Any]
+    base_url: str | Sequence[str],
+    protocol: str | WireProtocol,
+    on_missing: str,
+    options: Mapping[str, Any],
 ) -> tuple[APISettings, WireProtocol]:
     """Return settings and protocol.
 
@@ -238,7 +271,7 @@ def _configured(
     ours = APISettings.names()
     settings = APISettings(base_urls, **{key: options[key] for key in options if key in ours})
     theirs = {key: value for key, value in options.items() if key not in ours}
-    problems = list(api_problems(settings))
+    problems = [*api_problems(settings), *missing_problems(on_missing)]
     try:
         built = _build_protocol(protocol, theirs)
     except ConfigurationError as error:

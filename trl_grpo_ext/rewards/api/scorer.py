@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from trl_grpo_ext.rewards.api.cache import ScoreCache, request_key
 from trl_grpo_ext.rewards.api.client import Answer, RewardClient
@@ -33,6 +33,19 @@ class _Job:
         """Return the job with its indices in a larger batch."""
         indices = tuple(positions[index] for index in self.request.indices)
         return dataclasses.replace(self, request=dataclasses.replace(self.request, indices=indices))
+
+
+@dataclass
+class _Early:
+    """What was submitted: the jobs of each copy of it."""
+
+    since: float  # [s] on the loop's clock
+    copies: dict[Hashable, list[_Job]] = field(default_factory=dict)
+
+    def take(self, *, once: bool) -> list[_Job]:
+        """Return the jobs of the first copy; if ``once``, the next call gets another copy's."""
+        first = next(iter(self.copies))
+        return self.copies.pop(first) if once else self.copies[first]
 
 
 class Scorer:
@@ -63,19 +76,29 @@ class Scorer:
         self._identity = identity
         self._cache = cache
         self._forget_after_s = forget_after_s
-        self._early: dict[str, tuple[float, list[_Job]]] = {}
+        self._early: dict[str, _Early] = {}
         self._tasks: set[asyncio.Task[Answer]] = set()
 
-    async def submit(self, item: Item) -> None:
-        """Ask for one item's score; nothing happens if that was done already.
+    async def submit(self, items: Sequence[Item], *, copy: Hashable = None) -> None:
+        """Ask for the scores of items that are asked about together, without waiting.
 
-        Protocols that compare the completions of a group have nothing to ask about a single one.
+        That is a single item, or all completions of a prompt for a protocol that compares them.
+
+        Args:
+            items: To be scored.
+            copy: Which of several equal submissions this is; the same one again changes nothing.
         """
         self._forget_old()
-        requests = self._protocol.requests([item])
-        key = self._item_key(requests)
-        if requests and key not in self._early:
-            self._early[key] = (self._now(), self._start(requests))
+        requests = self._protocol.requests(items)
+        if not requests:
+            return
+        early = self._early.setdefault(self._key(requests), _Early(self._now()))
+        if copy in early.copies:
+            return
+        if early.copies and not self._protocol.is_sampled:
+            early.copies[copy] = next(iter(early.copies.values()))
+        else:
+            early.copies[copy] = self._start(requests, num_before=len(early.copies))
 
     async def collect(self, items: Sequence[Item]) -> Scored:
         """Return the scores of the items, asking for those that were not submitted.
@@ -95,6 +118,12 @@ class Scorer:
         scores = mean_scores(replies, num_items=len(items))
         return Scored(scores=scores, answers=[_answer(task) for task in tasks])
 
+    def give_up(self) -> None:
+        """Cancel what is under way: what was asked for is collected with the scores there are."""
+        self._early.clear()
+        for task in self._tasks:
+            task.cancel()
+
     async def close(self) -> None:
         """Cancel what is under way, and wait for the end of it."""
         for task in self._tasks:
@@ -103,31 +132,40 @@ class Scorer:
 
     def _jobs(self, items: Sequence[Item]) -> list[_Job]:
         """Return the requests for these items, each under way or done."""
-        early, rest = self._collect_early(items), []
-        jobs: list[_Job] = []
-        for position in range(len(items)):
-            if position in early:
-                jobs += [job.moved([position]) for job in early[position]]
-            else:
-                rest.append(position)
+        jobs, rest = self._collect_early(items)
         asked = self._start(self._protocol.requests([items[position] for position in rest]))
         return jobs + [job.moved(rest) for job in asked]
 
-    def _collect_early(self, items: Sequence[Item]) -> dict[int, list[_Job]]:
-        """Take out what was submitted: the jobs by the position of their item."""
+    def _collect_early(self, items: Sequence[Item]) -> tuple[list[_Job], list[int]]:
+        """Take out what was submitted; return its jobs, and the positions of the other items."""
         if not self._early:
-            return {}
-        keys = [self._item_key(self._protocol.requests([item])) for item in items]
-        found = {at: self._early[key][1] for at, key in enumerate(keys) if key in self._early}
-        for at in found:
-            self._early.pop(keys[at], None)
-        return found
+            return [], list(range(len(items)))
+        jobs, rest, used = [], [], set()
+        for positions in self._units(items):
+            key = self._key(self._protocol.requests([items[at] for at in positions]))
+            if (early := self._early.get(key)) is None or not early.copies:
+                rest += positions
+                continue
+            used.add(key)
+            jobs += [job.moved(positions) for job in early.take(once=self._protocol.is_sampled)]
+        for key in used:
+            del self._early[key]
+        return jobs, sorted(rest)
 
-    def _start(self, requests: Sequence[WireRequest]) -> list[_Job]:
+    def _units(self, items: Sequence[Item]) -> list[list[int]]:
+        """Return the positions of items that are asked about together."""
+        if not getattr(self._protocol, "is_relative", False):
+            return [[position] for position in range(len(items))]
+        groups: dict[int, list[int]] = {}
+        for position, item in enumerate(items):
+            groups.setdefault(item.group, []).append(position)
+        return list(groups.values())
+
+    def _start(self, requests: Sequence[WireRequest], *, num_before: int = 0) -> list[_Job]:
         """Start the requests; equal ones are asked once, but of a judge that is sampled."""
         tasks: dict[str, asyncio.Task[Answer]] = {}
         jobs = []
-        for request, key in zip(requests, self._keys(requests), strict=True):
+        for request, key in zip(requests, self._keys(requests, num_before), strict=True):
             if key not in tasks:
                 tasks[key] = self._task(request, key)
             jobs.append(_Job(request, tasks[key]))
@@ -155,22 +193,25 @@ class Scorer:
             self._cache.put(key, answer.reply.scores)
         return answer
 
-    def _keys(self, requests: Sequence[WireRequest]) -> Iterator[str]:
+    def _keys(self, requests: Sequence[WireRequest], num_before: int) -> Iterator[str]:
         """Yield a key for each request; equal requests to a sampled judge are several votes."""
-        seen: Counter[str] = Counter()
-        for request in requests:
-            key = request_key(request, identity=self._identity)
-            yield f"{key}-{seen[key]}" if self._protocol.is_sampled else key
+        keys = [request_key(request, identity=self._identity) for request in requests]
+        if not self._protocol.is_sampled:
+            yield from keys
+            return
+        seen = Counter({key: num_before * count for key, count in Counter(keys).items()})
+        for key in keys:
+            yield f"{key}-{seen[key]}"
             seen[key] += 1
 
-    def _item_key(self, requests: Sequence[WireRequest]) -> str:
+    def _key(self, requests: Sequence[WireRequest]) -> str:
         return " ".join(request_key(request, identity=self._identity) for request in requests)
 
     def _forget_old(self) -> None:
         """Drop what was submitted long ago and never collected."""
         oldest = self._now() - self._forget_after_s
         while self._early and (key := next(iter(self._early))):
-            if self._early[key][0] >= oldest:
+            if self._early[key].since >= oldest:
                 return
             del self._early[key]
 

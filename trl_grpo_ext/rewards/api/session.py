@@ -8,13 +8,14 @@ import selectors
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
 from trl_grpo_ext.rewards.api.scorer import Scorer
 
 JOIN_S = 5.0  # that closing waits for the thread
+POLL_S = 0.2  # between two looks at whether to stop
 
 T = TypeVar("T")
 
@@ -54,10 +55,25 @@ class Session:
         """Start a coroutine of the scorer, and return what will hold its result."""
         return asyncio.run_coroutine_threadsafe(work(self._scorer), self._loop)
 
-    def wait(self, work: Callable[[Scorer], Coroutine[Any, Any, T]]) -> T:
-        """Return the result of a coroutine of the scorer; an interrupt cancels it."""
+    def wait(
+        self,
+        work: Callable[[Scorer], Coroutine[Any, Any, T]],
+        *,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> T:
+        """Return the result of a coroutine of the scorer; an interrupt cancels it.
+
+        Args:
+            work: Returns the coroutine.
+            should_stop: Asked now and then; when it says yes, the scorer gives up what is under
+                way, and the coroutine ends with what there is.
+        """
         future = self.start(work)
         try:
+            while should_stop is not None and not wait([future], timeout=POLL_S).done:
+                if should_stop():
+                    self._loop.call_soon_threadsafe(self._scorer.give_up)
+                    should_stop = None
             return future.result()
         finally:
             future.cancel()
