@@ -15,6 +15,7 @@ from trl_grpo_ext.checkpointing import (
     finish_checkpoint,
     last_good_checkpoint,
     remove_unfinished,
+    rotate,
 )
 from trl_grpo_ext.errors import CheckpointError
 
@@ -123,3 +124,42 @@ def test_killed_while_a_step_was_saved_again(tmp_path: Path) -> None:
     remove_unfinished(tmp_path)
     assert (tmp_path / "checkpoint-6").is_dir()
     assert not (tmp_path / UNFINISHED).exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [
+        (None, None, [2, 4, 6]),
+        (2, None, [4, 6]),
+        (1, None, [6]),
+        (1, "checkpoint-2", [2, 6]),
+        (2, "checkpoint-2", [2, 6]),
+        (2, "checkpoint-6", [4, 6]),
+    ],
+)
+def test_rotation_keeps_the_newest_and_the_best(
+    tmp_path: Path, limit: int | None, best: str | None, left: list[int]
+) -> None:
+    for step in (2, 4, 6):
+        save(tmp_path, step)
+    rotate(tmp_path, limit=limit, best=best and str(tmp_path / best))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{n}" for n in left]
+
+
+def test_killed_in_a_rotation_leaves_no_half_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (2, 4):
+        save(tmp_path, step)
+
+    def killed(folder: Path, **_: object) -> None:
+        (folder / "model.bin").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rotate(tmp_path, limit=1, best=None)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
 from trl_grpo_ext.errors import CheckpointError
@@ -44,8 +45,7 @@ def finish_checkpoint(folder: Path, final: Path) -> None:
     folder.rename(final)
     _flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    with contextlib.suppress(OSError):  # something else is in it
-        folder.parent.rmdir()
+    _remove_if_empty(folder.parent)
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -140,10 +140,38 @@ def last_good_checkpoint(output_dir: Path) -> Path | None:
     )
 
 
+def rotate(output_dir: Path, *, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints beyond a limit, as transformers does.
+
+    Each loses its name first: one that is half deleted when the run is killed must not look like
+    one that can be resumed, or count as one in the next rotation.
+
+    Args:
+        output_dir: Of the run.
+        limit: How many stay; ``None`` or 0 for all.
+        best: One that always stays, as does the newest.
+    """
+    checkpoints = [Path(path) for path in sort_checkpoints(str(output_dir), use_mtime=True)]
+    kept = {*checkpoints[-1:], *([Path(best)] if best else [])}
+    excess = len(checkpoints) - max(limit, len(kept)) if limit else 0
+    oldest = [path for path in checkpoints if path not in kept][: max(excess, 0)]
+    for path in oldest:
+        nameless = output_dir / UNFINISHED / f"deleted-{path.name}"
+        nameless.parent.mkdir(exist_ok=True)
+        path.rename(nameless)
+        shutil.rmtree(nameless, ignore_errors=True)
+        _remove_if_empty(nameless.parent)
+
+
 def remove_unfinished(output_dir: Path) -> None:
     """Remove what a run that was killed had begun to write."""
     _recover(output_dir)
     shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # something else is in it
+        folder.rmdir()
 
 
 def _recover(output_dir: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
 
 from trl_grpo_ext._trl.guards import GuardSeams
 from trl_grpo_ext.checkpointing import (
@@ -17,6 +16,7 @@ from trl_grpo_ext.checkpointing import (
     UNFINISHED,
     finish_checkpoint,
     remove_unfinished,
+    rotate,
 )
 from trl_grpo_ext.errors import CheckpointError
 
@@ -64,7 +64,7 @@ class SavingSeams(GuardSeams):
             self._push_from_checkpoint(str(run_dir / name))
         if self.args.should_save:
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(str(run_dir), limit, best, use_mtime=True)
+            rotate(run_dir, limit=limit, best=best)
         self.prune_references(run_dir)
 
     def _finish(self, folder: Path, final: Path) -> None:
