@@ -26,7 +26,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from trl_grpo_ext.peers import ending_together, peer_failed
+from trl_grpo_ext.peers import ending_together, is_told_elsewhere, peer_failed
 
 folder = Path(sys.argv[1])
 
@@ -129,8 +129,8 @@ def same_error_in_both_caught(rank):
     for _ in range(2):
         try:
             same_error_in_both(rank)
-        except ValueError:
-            pass
+        except ValueError as error:
+            assert is_told_elsewhere(error) == (rank == 1)
     time.sleep(3)
     train(rank, wrong=None)
     assert not peer_failed()

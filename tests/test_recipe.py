@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -9,12 +10,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
 import pandas
 import pytest
 import yaml
+from rewards.api.services import Asked, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_grpo_ext.errors import ConfigurationError
@@ -273,3 +276,53 @@ def test_grpo_recipe_runs_with_two_processes(write: Any, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 2
     assert done.stdout.count("Accuracy after") == 1
+
+
+KEY = "sk-nobody/may+see=this"
+
+
+def test_a_run_leaves_no_key_behind(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in logs, checkpoints, cards, tables, cache or errors, though the service says it."""
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    written = [KEY, urllib.parse.quote(KEY, safe=""), base64.b64encode(KEY.encode()).decode()]
+    asked = []
+
+    def answer(request: Asked) -> Any:
+        asked.append(request.headers["Authorization"])
+        if len(asked) > 60:
+            return 401, {}, f"no longer valid: {' '.join(written)}".encode()
+        if len(asked) % 5 == 0:
+            return 503, {"X-Key": KEY}, f"overloaded, {written}".encode()
+        return 200, {}, json.dumps({"score": len(request.payload["text"]), "you": KEY}).encode()
+
+    arguments = {
+        "protocol": "generic_json",
+        "template": {"text": "{completion}"},
+        "score_path": "score",
+        "api_key_env": "JUDGE_KEY",
+        "backoff_s": 0.001,
+        "cache_dir": str(tmp_path / "scores"),
+    }
+    with serving(answer) as service:
+        rewards = [
+            "last_number",
+            {"name": "api", "arguments": {"base_url": service.url, **arguments}},
+        ]
+        options = {"max_steps": 20, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
+        done = run(write(rewards=rewards, **options))
+    assert asked[0] == f"Bearer {KEY}"
+    assert done.returncode == 1
+    assert "HTTP 401: no longer valid" in done.stderr
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    names = {path.name for path in left}
+    assert {"metrics.jsonl", "trainer_state.json", "run_state_0.pt", "cache.db"} <= names
+    tables = [pandas.read_parquet(path) for path in left if path.suffix == ".parquet"]
+    assert tables
+    told = [path.read_bytes() for path in left]
+    told += [table.to_csv().encode() for table in tables]
+    told += [done.stdout.encode(), done.stderr.encode()]
+    for text in told:
+        for form in written:
+            assert form.encode() not in text

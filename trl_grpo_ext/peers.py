@@ -42,6 +42,7 @@ _OWN_GRACE = 6  # times the grace of the others: a traceback, a last upload
 
 _failed = threading.Event()  # of another process
 _watch: _Watch | None = None
+_told_elsewhere: BaseException | None = None
 
 
 class PeerFailed(SystemExit):
@@ -221,8 +222,20 @@ def _one_line(error: BaseException) -> str:
     return ": ".join([name, *str(error).strip().splitlines()[:1]])[:500]
 
 
+def is_told_elsewhere(error: BaseException) -> bool:
+    """Return whether another process that ends for the same reason tells the error.
+
+    Example:
+        >>> is_told_elsewhere(ValueError("bad"))
+        False
+    """
+    return error is _told_elsewhere
+
+
 def _print_no_traceback_of(error: BaseException) -> None:
     """If the error ends the program: another process prints the same."""
+    global _told_elsewhere
+    _told_elsewhere = error
     before = sys.excepthook
 
     def hook(

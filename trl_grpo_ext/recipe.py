@@ -27,6 +27,7 @@ from trl_grpo_ext.evaluation import Accuracy
 from trl_grpo_ext.memory import MemoryEstimate, available_memory_bytes, estimate_memory
 from trl_grpo_ext.memory import ReferenceKind as MemoryReference
 from trl_grpo_ext.model_cache import load_model_config, model_problems
+from trl_grpo_ext.peers import is_told_elsewhere
 from trl_grpo_ext.reference.options import ReferenceSettings
 from trl_grpo_ext.report import Example
 
@@ -129,7 +130,7 @@ def run_recipe(run: Callable[[Recipe], int], argv: Sequence[str] | None = None) 
 
     Returns:
         The exit code: that of ``run``, or 1 with the error on standard error, without a traceback,
-        if it is one that this package raises on purpose.
+        if it is one that this package raises on purpose; once, whatever the number of processes.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # So that Ctrl-C reaches the run and not the launcher, `make` has the launcher ignore it.
@@ -141,7 +142,8 @@ def run_recipe(run: Callable[[Recipe], int], argv: Sequence[str] | None = None) 
             return 0
         return run(recipe)
     except ExtGRPOError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        if not is_told_elsewhere(error):
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from urllib.parse import quote
 
@@ -16,7 +17,8 @@ KEYS = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=4)
 
 @given(key=KEYS, before=st.text(), after=st.text())
 def test_key_is_masked_however_it_is_written(key: str, before: str, after: str) -> None:
-    for form in (key, json.dumps(key), quote(key, safe="")):
+    encoded = base64.b64encode(key.encode()).decode()
+    for form in (key, json.dumps(key), quote(key, safe=""), encoded):
         assert form not in masked(before + form + after, key=key)
 
 

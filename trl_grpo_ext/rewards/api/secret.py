@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 from collections.abc import Iterator
@@ -56,7 +57,7 @@ def shown_name(variable: str) -> str:
 
 
 def masked(text: str, *, key: str | None) -> str:
-    """Return the text without the key, also where it is escaped for JSON or for a URL.
+    """Return the text without the key, also where it is escaped for JSON or for a URL, or base64.
 
     Example:
         >>> masked('{"error": "no such key: a+b"}', key="a+b")
@@ -64,7 +65,8 @@ def masked(text: str, *, key: str | None) -> str:
     """
     if not key:
         return text
-    return re.sub("".join(_forms(letter) for letter in key), MASK, text)
+    escaped = "".join(_forms(letter) for letter in key)
+    return re.sub("|".join([escaped, *map(re.escape, _encoded(key))]), MASK, text)
 
 
 def excerpt(text: str, *, key: str | None, max_characters: int = 300) -> str:
@@ -78,6 +80,13 @@ def excerpt(text: str, *, key: str | None, max_characters: int = 300) -> str:
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
         for letter in cut
     )
+
+
+def _encoded(key: str) -> list[str]:
+    """Return the key in base64, of either alphabet; padding may follow."""
+    written = key.encode()
+    forms = [base64.b64encode(written), base64.urlsafe_b64encode(written)]
+    return [form.decode().rstrip("=") for form in forms]
 
 
 def _forms(letter: str) -> str:
