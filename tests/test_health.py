@@ -23,6 +23,7 @@ from transformers import (
 
 from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
 from trl_grpo_ext.health import HealthCallback, diagnose
+from trl_grpo_ext.metrics import find_metric
 
 Log = dict[str, Any]
 
@@ -58,6 +59,7 @@ def warned(logs: list[Log]) -> list[str]:
     callback, state = HealthCallback(messages.append), TrainerState()
     for entry in logs:
         state.log_history.append(entry)
+        state.global_step += 5
         callback.on_log(TrainingArguments(report_to=[]), state, TrainerControl(), logs=entry)
     return messages
 
@@ -112,7 +114,31 @@ def test_kl_is_measured_against_the_floor_of_the_reference() -> None:
     logs[0]["reference/kl_floor"] = 0.24  # plain NF4 of SmolLM2-135M
     assert diagnose(logs) == {}
     logs[0]["reference/kl_floor"] = 0.19
-    assert "(0.19)" in diagnose(logs)["kl"]
+    assert "more than 10 times the floor of the quantized reference (0.19)" in diagnose(logs)["kl"]
+
+
+def test_kl_is_judged_as_the_table_of_metrics_judges_it() -> None:
+    metric = find_metric("kl")
+    assert metric is not None
+    assert metric.high is not None
+    assert diagnose(history(kl=metric.high)) == {}
+    message = diagnose(history(kl=1.01 * metric.high))["kl"]
+    assert f"more than {metric.high:g}, the most that a healthy run shows" in message
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(1.0, "All completions were"), (0.999, "At least 99% of the completions were")],
+)
+def test_truncation_is_told_without_rounding_up(share: float, words: str) -> None:
+    assert diagnose(history(completions__clipped_ratio=share))["truncated"].startswith(words)
+
+
+def test_rewards_without_a_score_name_the_metrics_of_functions_and_services() -> None:
+    message = diagnose(history(reward=None, reward_std=None))["unscored"]
+    for name in ("rewards/<name>/non_finite", "rewards/<name>/unscored_fraction"):
+        assert name in message
+        assert find_metric(name) is not None
 
 
 def test_constant_reward_is_the_constant_one_whatever_it_rounds_to() -> None:
@@ -143,8 +169,9 @@ def test_warning_has_what_was_found_why_and_what_to_do() -> None:
         assert "`" in message.split("Likely")[1]
 
 
-def test_warning_comes_once_while_it_lasts() -> None:
-    assert len(warned(history(num=40, kl=2.0))) == 1
+def test_warning_comes_once_while_it_lasts_and_begins_with_its_step() -> None:
+    (message,) = warned(history(num=40, kl=2.0))
+    assert message.startswith("step 50: The KL")  # the tenth log, one every 5 steps
 
 
 def test_warning_comes_again_after_a_healthy_time() -> None:
@@ -177,4 +204,6 @@ def test_run_of_a_constant_reward_is_warned_of(
     )
     trainer.add_callback(HealthCallback(messages.append))
     trainer.train()
-    assert [message.split()[0] for message in messages if "same reward" in message] == ["Every"]
+    assert [
+        message.split(" completion")[0] for message in messages if "same reward" in message
+    ] == ["step 10: Every"]

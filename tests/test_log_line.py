@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 
 from trl_grpo_ext.log_line import (
     Field,
-    Pace,
     duration,
     evaluation_fields,
+    last_fields,
     line,
     number,
     training_fields,
+    wrapped,
 )
+from trl_grpo_ext.pace import Pace
 
 LOGS: dict[str, Any] = {
     "loss": 0.0123,
@@ -151,6 +153,120 @@ def test_evaluation_line_has_accuracy_with_its_interval() -> None:
         "pass@8 0.800",
         "len   20",
         "in 0:32",
+    ]
+
+
+EVALUATION: dict[str, Any] = {
+    "eval_loss": 0.1,
+    "eval_runtime": 32.4,
+    "eval_samples_per_second": 3.0,
+    "eval_model_preparation_time": 0.001,
+    "eval_num_prompts": 64.0,
+    "eval_reward": 1.25,
+    "eval_reward_std": 0.5,
+    "eval_rewards/exact/mean": 0.5,
+    "eval_rewards/exact/scored": 1.0,
+    "eval_accuracy": 0.451,
+    "eval_accuracy/low": 0.4,
+    "eval_accuracy/high": 0.5,
+    "eval_pass@1": 0.451,
+    "eval_pass@8": 0.8,
+    "eval_pass@8/low": 0.7,
+    "eval_pass@8/high": 0.9,
+    "eval_maj@8": 0.5,
+    "eval_rewards/other/pass@8": 0.1,
+    "eval_tasks/sum/accuracy": 1.0,
+    "eval_tasks/sum/answers_a_prompt": 1.0,
+    "eval_greedy/accuracy": 0.7,
+    "eval_greedy/answers_a_prompt": 1.0,
+    "eval_num_tokens": 5000,
+    "eval_kl": 0.25,
+    "eval_completions/mean_length": 20.0,
+    "eval_answers_a_prompt": 3.25,
+    "epoch": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("is_new_best", "mark"), [(True, " new best"), (False, "")], ids=["new-best", "not-the-best"]
+)
+def test_evaluation_line_begins_with_the_metric_of_the_best_model(
+    is_new_best: bool, mark: str
+) -> None:
+    fields = evaluation_fields(
+        EVALUATION, step=50, max_steps=100, best="eval_pass@8", is_new_best=is_new_best
+    )
+    assert [field.text for field in fields] == [
+        "eval  50/100",
+        f"pass@8 0.800 (0.70-0.90){mark}",
+        "reward 1.250±0.50",
+        "accuracy 0.451 (0.40-0.50)",
+        "maj@8 0.500",
+        "answers_a_prompt 3.250",
+        "kl 0.250",
+        "len   20",
+        "in 0:32",
+    ]
+
+
+def test_evaluation_in_80_columns_leaves_nothing_out() -> None:
+    fields = evaluation_fields(
+        EVALUATION, step=50, max_steps=100, best="eval_pass@8", is_new_best=True
+    )
+    assert wrapped(fields, width=80).plain.splitlines() == [
+        "eval  50/100  pass@8 0.800 (0.70-0.90) new best  reward 1.250±0.50",
+        "  accuracy 0.451 (0.40-0.50)  maj@8 0.500  answers_a_prompt 3.250  kl 0.250",
+        "  len   20  in 0:32",
+    ]
+
+
+def test_metric_of_the_best_model_can_be_of_a_named_set() -> None:
+    logs = {"eval_easy_runtime": 5.0, "eval_easy_pass@2": 0.5, "eval_easy_reward": 1.0}
+    fields = evaluation_fields(logs, step=5, max_steps=10, best="eval_easy_pass@2")
+    assert [field.text for field in fields][:2] == ["eval_easy  5/10", "pass@2 0.500"]
+    other = {"eval_hard_runtime": 5.0, "eval_hard_pass@2": 0.5}
+    fields = evaluation_fields(other, step=5, max_steps=10, best="eval_easy_pass@2")
+    assert [field.text for field in fields][:2] == ["eval_hard  5/10", "pass@2 0.500"]
+
+
+def test_evaluation_without_a_run_has_no_step() -> None:
+    first, *_ = evaluation_fields({"eval_runtime": 5.0}, step=0, max_steps=0)
+    assert first.text == "eval"
+
+
+def test_metric_of_the_best_model_that_is_no_number_is_said() -> None:
+    logs = {"eval_runtime": 5.0, "eval_pass@2": None}
+    fields = evaluation_fields(logs, step=5, max_steps=10, best="eval_pass@2")
+    assert "pass@2   n/a" in [field.text for field in fields]
+
+
+@given(
+    texts=st.lists(st.text("abc1", min_size=1, max_size=30), min_size=1, max_size=8),
+    width=st.integers(32, 100),
+)
+def test_wrapped_lines_hold_every_field_in_order_and_are_no_wider_than_asked(
+    texts: list[str], width: int
+) -> None:
+    rows = wrapped([Field(text, 0) for text in texts], width=width).plain.splitlines()
+    assert all(len(row) <= width for row in rows)
+    assert [text for row in rows for text in row.split()] == texts
+    assert [row.startswith("  ") for row in rows] == [False] + [True] * (len(rows) - 1)
+
+
+def test_last_line_of_a_resumed_run_counts_the_steps_and_tokens_of_its_session() -> None:
+    fields = last_fields(
+        {"train_runtime": 130.0},
+        step=72,
+        num_tokens=53_000,
+        first_step=40,
+        best="checkpoint-60 (pass@8 0.800)",
+    )
+    assert [field.text for field in fields] == [
+        "done: 72 steps",
+        "since the resume: 32 steps",
+        "in 2:10",
+        "53,000 tokens",
+        "best: checkpoint-60 (pass@8 0.800)",
     ]
 
 

@@ -79,6 +79,7 @@ def test_every_logged_metric_has_one_row_whatever_the_loss(
         {"include_num_input_tokens_seen": "all", "skip_memory_metrics": False},
         {"multi_objective_aggregation": "normalize_then_sum", "group_sampler": "transformers"},
         {"dynamic_sampling": True},
+        {"advantage_clip": 0.5},
         {"reference": "quantized", "reference_calibration_tokens": 64},
     ],
     ids=lambda changes: next(iter(changes)),

@@ -76,15 +76,73 @@ def test_line_is_on_the_disk_at_once(tmp_path: Path) -> None:
         assert [entry["step"] for entry in lines(file.path)] == list(range(1, step + 1))
 
 
-def test_log_before_training_waits_for_it(tmp_path: Path) -> None:
+def test_log_before_training_is_written_at_once_and_moves_into_the_file_of_the_run(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "metrics.jsonl"
     written(path, log(5))
     file = MetricsFile(path)
     file.append({"eval_reward": 1.0, "step": 0})
-    assert [entry["step"] for entry in lines(path)] == [5]
+    file.append({"eval_reward": 2.0, "step": 0})
+    assert [entry["step"] for entry in lines(path)] == [5, 0, 0]
     file.begin([])
     file.append(log(1))
-    assert [entry["step"] for entry in lines(path)] == [0, 1]
+    assert [entry["step"] for entry in lines(path)] == [0, 0, 1]
+    assert [entry["step"] for entry in lines(tmp_path / "metrics.1.jsonl")] == [5]
+
+
+def test_log_before_the_first_run_keeps_no_file_aside(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "new" / "metrics.jsonl")
+    file.append({"eval_reward": 1.0, "step": 0})
+    assert [entry["step"] for entry in lines(file.path)] == [0]
+    file.begin([])
+    file.append(log(1))
+    assert [entry["step"] for entry in lines(file.path)] == [0, 1]
+    assert [found.name for found in file.path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_log_before_a_resume_stands_behind_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, log(1), log(2), time=1.0)
+    file = MetricsFile(path, clock=lambda: 2.0)
+    file.append({"eval_reward": 1.0, "step": 0})
+    file.begin([log(1)])
+    file.append(log(2))
+    assert [(entry["step"], entry["time"]) for entry in lines(path)] == [
+        (1, 1.0),
+        (0, 2.0),
+        (2, 2.0),
+    ]
+
+
+def test_log_before_training_drops_the_half_line_of_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, log(1))
+    path.write_text(path.read_text() + '{"step": 2, "ti')
+    MetricsFile(path).append({"eval_reward": 1.0, "step": 0})
+    assert [entry["step"] for entry in lines(path)] == [1, 0]
+
+
+def test_evaluation_without_training_is_in_the_file(
+    tmp_path: Path,
+    tiny_model: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    rows = Dataset.from_dict({"prompt": ["abc", "2+2="] * 4})
+    trainer = ExtGRPOTrainer(
+        model=tiny_model,
+        reward_funcs=vowels,
+        args=ExtGRPOConfig(**settings(tmp_path, per_device_eval_batch_size=8)),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(2)),
+        processing_class=tiny_tokenizer,
+    )
+    metrics = trainer.evaluate()
+    (entry,) = lines(tmp_path / "out" / "metrics.jsonl")
+    assert entry["step"] == 0
+    assert entry["time"] > 1.7e9
+    assert entry["eval_reward"] == metrics["eval_reward"]
+    assert metrics.keys() <= entry.keys()
 
 
 def test_file_of_an_earlier_run_is_kept_aside(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from test_distributed import launch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
+from trl_grpo_ext.advantages import group_advantages
 from trl_grpo_ext.errors import ExtGRPOError
 from trl_grpo_ext.robustness import (
     NonFiniteGradientError,
@@ -57,10 +58,12 @@ class SpoiledTrainer(ExtGRPOTrainer):
         return loss
 
 
-def build(model: Path, tmp_path: Path, spoiler: Spoil, **changes: Any) -> SpoiledTrainer:
+def build(
+    model: Path, tmp_path: Path, spoiler: Spoil, reward: Any = vowels, **changes: Any
+) -> SpoiledTrainer:
     config = ExtGRPOConfig(**settings(tmp_path, weight_decay=0.5, **changes))
     prompts = Dataset.from_dict({"prompt": [f"{a} + {a} =" for a in range(8)]})
-    trainer = SpoiledTrainer(str(model), vowels, config, prompts, callbacks=[spoiler])
+    trainer = SpoiledTrainer(str(model), reward, config, prompts, callbacks=[spoiler])
     trainer.spoiler, spoiler.trainer = spoiler, trainer
     return trainer
 
@@ -111,7 +114,7 @@ def test_the_guard_leaves_a_run_of_plain_trl_alone(tiny_model_dir: Path, tmp_pat
 
 
 TWO = """
-import sys, warnings
+import os, sys, warnings
 warnings.filterwarnings("ignore")
 import torch
 from accelerate.utils import gather_object
@@ -127,37 +130,47 @@ class Spoiled(ExtGRPOTrainer):
 config = ExtGRPOConfig(
     sys.argv[2], use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no",
     per_device_train_batch_size=2, num_generations=4, max_completion_length=8, max_steps=3,
-    learning_rate=1e-3, gradient_checkpointing=False, logging_steps=1,
+    learning_rate=1e-3, gradient_checkpointing=False, logging_steps=1, advantage_clip=0.25,
+    scale_rewards="none",
 )
 data = Dataset.from_dict({"prompt": [f"{a} + 1" for a in range(4)]})
-reward = lambda completions, **_: [float(len(set(text))) for text in completions]
+reward = lambda **_: [[1.0, 0.0], [0.5, 0.5]][int(os.environ["RANK"])]
 trainer = Spoiled(sys.argv[1], reward, config, data)
 trainer.train()
 weight = trainer.accelerator.unwrap_model(trainer.model).lm_head.weight.detach()
-found = gather_object([(trainer.num_skipped, weight.sum().item())])
+shares = [e.get("advantages/clipped_fraction") for e in trainer.state.log_history][:3]
+found = gather_object([(trainer.num_skipped, weight.sum().item(), shares)])
 if trainer.accelerator.is_main_process:
     torch.save(found, sys.argv[2] + ".pt")
 torch.distributed.destroy_process_group()
 """
 
 
-def test_all_processes_skip_the_step_that_one_of_them_spoiled(
+def test_all_processes_skip_the_step_that_one_of_them_spoiled_and_count_what_is_cut(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     first, second = launch(TWO, tmp_path, tiny_model_dir, tmp_path / "out", processes=2)
     assert first == second
     assert first[0] == 1
     assert math.isfinite(first[1])
+    assert first[2] == [0.5] * 3  # of a group of 1, 0 and 1/2, 1/2, two advantages are cut
 
 
 def test_advantage_clip_limits_what_the_loss_and_the_table_get(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    trainer = build(tiny_model_dir, tmp_path, Spoil(), advantage_clip=0.25, scale_rewards="none")
+    def fixed(*, completions: list[str], **_: Any) -> list[float]:
+        return [1.0, 0.0, 0.5, 0.5] * (len(completions) // 4)
+
+    trainer = build(
+        tiny_model_dir, tmp_path, Spoil(), fixed, advantage_clip=0.25, scale_rewards="none"
+    )
     rewards = torch.tensor([[1.0], [0.0], [0.5], [0.5]])
     # The mean is 0.5.
     assert trainer.compute_advantages(rewards, 4).tolist() == [0.25, -0.25, 0.0, 0.0]
     trainer.train()
+    # Each group scores 1, 0, 1/2, 1/2: two of four advantages are cut.
+    assert series(trainer.state.log_history, "advantages/clipped_fraction") == [0.5] * 3
     assert max(map(abs, trainer._logs["advantages"])) == 0.25
     assert trainer._buffered_inputs[0]["advantages"].abs().max() == 0.25
 
@@ -177,6 +190,20 @@ def test_truncated_completions_that_are_masked_are_counted(
     plain = build(tiny_model_dir, tmp_path, Spoil())
     plain.train()
     assert not series(plain.state.log_history, "completions/num_truncated")
+
+
+@pytest.mark.parametrize(("group_size", "limit"), [(2, 0.71), (8, 2.47), (64, 7.88)])
+def test_no_advantage_of_a_group_exceeds_what_the_help_of_the_clip_says(
+    group_size: int, limit: float
+) -> None:
+    rewards_B = torch.zeros(group_size, dtype=torch.float64)
+    rewards_B[3 % group_size] = 1.0  # one right answer: the farthest from its group
+    advantages_B = group_advantages(rewards_B, group_size=group_size, eps=0.0)
+    greatest = (group_size - 1) / math.sqrt(group_size)
+    assert advantages_B.max().item() == pytest.approx(greatest) == pytest.approx(limit, abs=0.006)
+    random_B = torch.randn(100 * group_size, dtype=torch.float64).exp()
+    others_B = group_advantages(random_B, group_size=group_size, eps=0.0)
+    assert others_B.abs().max() <= greatest + 1e-9
 
 
 @pytest.mark.parametrize(

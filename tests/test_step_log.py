@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import sys
 import termios
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from runs import settings, vowels
+from runs import series, settings, vowels
 from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -28,7 +29,7 @@ from transformers import (
 
 from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
 from trl_grpo_ext.health import HealthCallback
-from trl_grpo_ext.log_line import Field
+from trl_grpo_ext.log_line import Field, number
 from trl_grpo_ext.metrics_file import MetricsFileCallback
 from trl_grpo_ext.step_log import BarCallback, StepLogCallback, add_log_callbacks, print_line
 
@@ -129,13 +130,115 @@ def test_run_prints_a_plain_line_a_log_where_there_is_no_terminal(
         "step 2/3",
         "step 3/3",
         "eval 3/3",
+        "",  # goes on
         "done: 3 steps",
     ]
+    assert "pass@4" in lines[3] + lines[4]
     assert all(line.isprintable() and len(line) <= 80 for line in lines)
     assert all("tok/s" in line and line.endswith("left") for line in lines if "step " in line)
     reward = trainer.state.log_history[0]["reward"]
     assert f"reward {reward:.3f}±" in lines[0]
     assert "\r" not in captured.err
+
+
+@pytest.mark.usefixtures("columns")
+def test_run_says_which_evaluations_are_the_best_and_which_checkpoint_at_the_end(
+    make_trainer: Trainers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(
+        per_device_eval_batch_size=8,
+        learning_rate=0.1,
+        eval_on_start=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="completions/max_terminated_length",
+    )
+    trainer.train()
+    trainer.evaluate()
+    lines = capsys.readouterr().out.splitlines()
+    name = "completions/max_terminated_length"
+    on_start, *values, _ = series(trainer.state.log_history, f"eval_{name}")
+    marked = [line for line in lines if name in line and line.startswith("eval")]
+    assert f"{name} {on_start:.3f}"[:20] in marked[0]
+    best = [values[i] > max([-math.inf, *values[:i]]) for i in range(3)]
+    assert ["new best" in line for line in marked] == [False, *best, False]
+    step = 1 + max(range(3), key=lambda i: (values[i], -i))
+    (end,) = [i for i, line in enumerate(lines) if line.startswith("done: 3 steps  in ")]
+    told = f"best: checkpoint-{step} ({name} {number(max(values)).strip()})"
+    assert told in "  ".join(lines[end : end + 2])
+    assert all(len(line) <= 80 for line in lines)
+
+
+@pytest.mark.usefixtures("columns")
+@pytest.mark.parametrize(
+    ("checkpoint", "loads", "told"),
+    [
+        ("out/checkpoint-30", True, "best: checkpoint-30 (loss 0.250)"),
+        ("out/checkpoint-20", True, "best: step 30 (loss 0.250), not saved, checkpoint-20 is load"),
+        ("out/checkpoint-20", False, "best: step 30 (loss 0.250), not saved\n"),
+        (None, True, "best: step 30 (loss 0.250), not saved\n"),
+    ],
+)
+def test_end_does_not_name_a_checkpoint_that_is_not_the_best(
+    checkpoint: str | None, loads: bool, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = TrainerState(global_step=40, max_steps=40, best_metric=0.25, best_global_step=30)
+    state.best_model_checkpoint = checkpoint
+    args = TrainingArguments(report_to=[], metric_for_best_model="eval_loss")
+    args.load_best_model_at_end = loads
+    StepLogCallback().on_log(args, state, TrainerControl(), logs={"train_loss": 0.1})
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("columns")
+@pytest.mark.parametrize(
+    ("best", "greater", "value", "is_best"),
+    [
+        (None, True, 0.5, True),
+        (0.4, True, 0.5, True),
+        (0.5, True, 0.5, False),
+        (0.6, False, 0.5, True),
+        (0.4, False, 0.5, False),
+        (None, True, math.nan, False),
+    ],
+)
+def test_evaluation_is_the_new_best_where_transformers_takes_it_for_that(
+    best: float | None,
+    greater: bool,
+    value: float,
+    is_best: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    state = TrainerState(global_step=40, max_steps=40, best_metric=best)
+    args, control = TrainingArguments(report_to=[]), TrainerControl()
+    args.metric_for_best_model, args.greater_is_better = "pass@2", greater
+    callback, logs = StepLogCallback(), {"eval_runtime": 1.0, "eval_pass@2": value}
+    callback.on_train_begin(args, state, control)
+    callback.on_log(args, state, control, logs=logs)
+    callback.on_train_end(args, state, control)
+    callback.on_log(args, state, control, logs=logs)
+    control.should_evaluate = True  # as for an evaluation that a resumed run repeats
+    callback.on_log(args, state, control, logs=logs)
+    during, after, repeated = capsys.readouterr().out.splitlines()
+    assert ("new best" in during) is ("new best" in repeated) is is_best
+    assert "new best" not in after
+
+
+@pytest.mark.usefixtures("columns")
+def test_end_of_a_resumed_run_counts_what_this_session_did(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args, control, callback = TrainingArguments(report_to=[]), TrainerControl(), StepLogCallback()
+    state = TrainerState(global_step=40, max_steps=72, num_input_tokens_seen=70_000)
+    callback.on_train_begin(args, state, control)
+    state.global_step, state.num_input_tokens_seen = 72, 123_000
+    callback.on_log(args, state, control, logs={"train_loss": 0.1, "train_runtime": 130.0})
+    assert capsys.readouterr().out == (
+        "done: 72 steps  since the resume: 32 steps  in 2:10  53,000 tokens\n"
+    )
 
 
 @pytest.mark.usefixtures("columns")

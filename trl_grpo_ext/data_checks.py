@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
@@ -111,6 +111,33 @@ def count_problems(arguments: TaskArguments, num_train: int, num_held_out: int) 
     if num_train >= wanted_train and num_held_out >= wanted_eval:
         return []
     return [_too_few(arguments, num_train, num_held_out)]
+
+
+def too_few_prompts(train_dataset: object, *, batch_size: int, group_size: int) -> str | None:
+    """Return whether the rows do not fill one generation batch, so that TRL trains on nothing.
+
+    Args:
+        train_dataset: As given to the trainer; a stream, which has no length, is not judged.
+        batch_size: Completions of a generation batch, over all processes.
+        group_size: Completions a prompt.
+
+    Example:
+        >>> too_few_prompts(["a", "b"], batch_size=16, group_size=8) is None
+        True
+        >>> too_few_prompts(["a"], batch_size=16, group_size=8).partition(",")[0]
+        '`train_dataset` has 1 row'
+    """
+    wanted = batch_size // group_size
+    if not isinstance(train_dataset, Sized) or (num_rows := len(train_dataset)) >= wanted:
+        return None
+    return (
+        f"`train_dataset` has {num_rows} row{'' if num_rows == 1 else 's'}, but a generation batch "
+        f"takes {wanted} different prompts ({batch_size} completions / "
+        f"`num_generations`={group_size}), and TRL leaves out what does not fill one, so nothing "
+        "would be trained on. Add prompts, or lower `per_device_train_batch_size`, "
+        "`gradient_accumulation_steps` or `steps_per_generation` (or `generation_batch_size`, if "
+        "that is set) until they fill one."
+    )
 
 
 def reward_column_problems(arguments: TaskArguments, columns: Sequence[str]) -> list[str]:

@@ -18,6 +18,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from trl_grpo_ext.metrics import HEALTHY_KL
+
 logger = logging.get_logger(__name__)
 
 LogHistory = Sequence[Mapping[str, Any]]
@@ -30,8 +32,7 @@ NUM_COLLAPSED = 10  # [logs]
 NUM_NON_FINITE = 5  # [logs]; float16 overflows in a few steps until its loss scale has settled
 
 TRUNCATED = 0.95  # [share of completions]
-KL_FACTOR = 10  # times the floor of the reference
-KL_FLOOR = 0.1  # [nats a token] at least: an exact reference has no floor, and tenths are healthy
+KL_FACTOR = 10  # times the floor of a quantized reference
 COLLAPSED_ENTROPY = 0.01  # [nats a token]: the likeliest token has more than 99.8 %
 NEAR_BEST = 0.1  # of the range that the reward has gone through
 
@@ -79,7 +80,7 @@ class HealthCallback(TrainerCallback):
                 del self._gone_for[cause]
         for cause, message in found.items():
             if cause not in self._gone_for:
-                self._warn(message)
+                self._warn(f"step {state.global_step}: {message}")
             self._gone_for[cause] = 0
 
 
@@ -94,7 +95,7 @@ def _unscored(history: LogHistory) -> Finding:
         f"No completion got a reward in the last {NUM_UNSCORED} logs, so nothing is learned. "
         "Every reward function returned None, NaN or infinity for each of them: a service that is "
         "down, or a bug. Call your reward functions on a completion of `log_completions`, and look "
-        "at rewards/<name>/non_finite."
+        "at rewards/<name>/non_finite and, of a service, at rewards/<name>/unscored_fraction."
     )
 
 
@@ -133,7 +134,7 @@ def _truncated(history: LogHistory) -> Finding:
     if not shares or min(shares) < TRUNCATED:
         return None
     return "truncated", (
-        f"{min(shares):.0%} or more of the completions were truncated in each of the last "
+        f"{_at_least(min(shares))} completions were truncated in each of the last "
         f"{NUM_TRUNCATED} logs, so rewards judge text without its end. Likely "
         "`max_completion_length` is too short, or the model does not write its end-of-sequence "
         "token (a base model, or the wrong chat template). Raise `max_completion_length`, ask for "
@@ -144,18 +145,20 @@ def _truncated(history: LogHistory) -> Finding:
 def _kl(history: LogHistory) -> Finding:
     values = _numbers(history, "kl", NUM_KL)
     median = statistics.median(values) if values else 0.0
-    if median <= KL_FACTOR * KL_FLOOR:
+    if median <= HEALTHY_KL:
         return None
     floors = [entry["reference/kl_floor"] for entry in history if "reference/kl_floor" in entry]
-    floor = max([KL_FLOOR, *(value for value in floors[-1:] if value is not None)])
+    floor = max((value for value in floors[-1:] if value is not None), default=0.0)
     if median <= KL_FACTOR * floor:
         return None
+    limit = f"{HEALTHY_KL:g}, the most that a healthy run shows"
+    if KL_FACTOR * floor > HEALTHY_KL:
+        limit = f"{KL_FACTOR} times the floor of the quantized reference ({floor:.2g})"
     return "kl", (
         f"The KL to the reference is {median:.2g} nats a token (median of the last {NUM_KL} logs), "
-        f"more than {KL_FACTOR} times what a healthy run may show ({floor:.2g}): the policy writes "
-        "what its reference holds to be nearly impossible. Likely the learning rate is too high, "
-        "or the reward is met by text that is no language. Read some completions, lower "
-        "`learning_rate`, raise `beta`, or go back to a checkpoint."
+        f"more than {limit}: the policy writes what its reference holds to be nearly impossible. "
+        "Likely the learning rate is too high, or the reward is met by text that is no language. "
+        "Read some completions, lower `learning_rate`, raise `beta`, or go back to a checkpoint."
     )
 
 
@@ -211,6 +214,10 @@ def _numbers(history: LogHistory, metric: str, count: int) -> list[float]:
 
 def _is_number(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
+
+
+def _at_least(share: float) -> str:
+    return "All" if share >= 1 else f"At least {math.floor(100 * share)}% of the"
 
 
 def _warn_above_bars(message: str) -> None:

@@ -1,62 +1,33 @@
 """One line that says how a run stands: what was logged, throughput and time left.
 
-Pure: a :class:`Pace` and a log in, a line out. :mod:`~trl_grpo_ext.step_log` prints it.
+Pure: a :class:`~trl_grpo_ext.pace.Pace` and a log in, a line out, which
+:mod:`~trl_grpo_ext.step_log` prints.
 """
 
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.text import Text
 
 from trl_grpo_ext.metrics import EVALUATION, find_metric
+from trl_grpo_ext.pace import Pace
 
 Logs = Mapping[str, Any]
 
-KEEP = 0.9  # a step counts this much of the one after it in the smoothed pace
 GAP = "  "
 UNHEALTHY = "yellow"
 UNHEALTHY_RANK = 3.5  # at most: behind the reward, the throughput and the time left
 LAST = "train_loss"  # only the log at the end of training has it
 
-
-class Pace:
-    """How fast optimizer steps are, of late; what happens between them is not counted.
-
-    Evaluations and checkpoints fall between the steps. Each step counts nine tenths of the next.
-    """
-
-    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self._start: tuple[float, float] | None = None
-        self._steps = self._seconds = self._tokens = 0.0
-
-    def begin_step(self, num_tokens: float) -> None:
-        """Note the time, and the tokens sampled so far."""
-        self._start = self._clock(), num_tokens
-
-    def end_step(self, num_tokens: float) -> None:
-        """Count the step that has begun."""
-        if self._start is None:
-            return
-        seconds, tokens = self._clock() - self._start[0], num_tokens - self._start[1]
-        self._steps = KEEP * self._steps + 1
-        self._seconds = KEEP * self._seconds + seconds
-        self._tokens = KEEP * self._tokens + tokens
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """``None`` before the first step has ended."""
-        return self._seconds / self._steps if self._steps else None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Prompts and completions; ``None`` while none were sampled."""
-        return self._tokens / self._seconds if self._tokens and self._seconds else None
+# What an evaluation reports beside the metrics of a batch; the rest is of the user.
+_OF_EVALUATION = re.compile(
+    r"(greedy|tasks)/.*|.*/(low|high|scored|accuracy)|(.*/)?(pass|maj)@\d+|accuracy|num_prompts"
+    r"|(model_preparation_|run)time|(samples|steps)_per_second"
+)
 
 
 @dataclass(frozen=True)
@@ -92,8 +63,17 @@ def training_fields(logs: Logs, *, step: int, max_steps: int, pace: Pace) -> Ite
     yield from _pace_fields(pace, steps_left=max_steps - step)
 
 
-def evaluation_fields(logs: Logs, *, step: int, max_steps: int) -> Iterator[Field]:
+def evaluation_fields(
+    logs: Logs, *, step: int, max_steps: int, best: str | None = None, is_new_best: bool = False
+) -> Iterator[Field]:
     """Yield what is said of an evaluation; one of several sets starts with its name.
+
+    Args:
+        logs: Of one eval set.
+        step: Optimizer steps so far.
+        max_steps: Of the run; 0 if there is none.
+        best: The key in ``logs`` that decides about the best model; it comes first.
+        is_new_best: Whether its value is the best so far.
 
     Example:
         >>> logs = {"eval_math_runtime": 63.0, "eval_reward": 0.5, "eval_accuracy": 0.4}
@@ -102,29 +82,50 @@ def evaluation_fields(logs: Logs, *, step: int, max_steps: int) -> Iterator[Fiel
     """
     names = (key.removesuffix("_runtime") for key in logs if key.endswith("_runtime"))
     name = next(names, EVALUATION.rstrip("_"))
-    short = {key.removeprefix(f"{name}_").removeprefix(EVALUATION): logs[key] for key in logs}
-    yield Field(f"{name} {_step(step, max_steps)}", 0)
-    yield from _reward_field(short)
-    yield from _right_fields(short)
-    yield from _number_field(short, "kl", "kl", width=5, rank=6)
-    yield from _length_fields(short)
+    short = {_short(key, name): logs[key] for key in logs}
+    yield Field(f"{name} {_step(step, max_steps)}" if max_steps else name, 0)
+    chosen = None if best is None or best not in logs else _short(best, name)
+    if chosen is not None:
+        yield Field(_measured(short, chosen) + (" new best" if is_new_best else ""), 0)
+    rest = {key: value for key, value in short.items() if key != chosen}
+    yield from _reward_field(rest)
+    yield from _right_fields(rest)
+    yield from _own_fields(rest)
+    yield from _number_field(rest, "kl", "kl", width=5, rank=6)
+    yield from _length_fields(rest)
     if "runtime" in short:
         yield Field(f"in {duration(short['runtime'])}", 5)
 
 
-def last_fields(logs: Logs, *, step: int, num_tokens: float) -> Iterator[Field]:
+def last_fields(
+    logs: Logs, *, step: int, num_tokens: float, first_step: int = 0, best: str | None = None
+) -> Iterator[Field]:
     """Yield what is said when training has ended.
+
+    Args:
+        logs: The last ones of the run.
+        step: Optimizer steps of the run.
+        num_tokens: Sampled in this session.
+        first_step: Where this session began: above 0 if it was resumed.
+        best: Which checkpoint is the best.
 
     Example:
         >>> fields = last_fields({"train_runtime": 380.0}, step=100, num_tokens=250000)
         >>> [field.text for field in fields]
         ['done: 100 steps', 'in 6:20', '250,000 tokens']
+        >>> fields = last_fields({"train_runtime": 95.0}, step=100, num_tokens=6e4, first_step=75)
+        >>> [field.text for field in fields]
+        ['done: 100 steps', 'since the resume: 25 steps', 'in 1:35', '60,000 tokens']
     """
     yield Field(f"done: {step} steps", 0)
+    if first_step:
+        yield Field(f"since the resume: {step - first_step} steps", 0)
     if "train_runtime" in logs:
         yield Field(f"in {duration(logs['train_runtime'])}", 1)
     if num_tokens:
         yield Field(f"{num_tokens:,.0f} tokens", 2)
+    if best is not None:
+        yield Field(f"best: {best}", 0)
 
 
 def other_fields(logs: Logs, *, step: int, max_steps: int) -> Iterator[Field]:
@@ -163,6 +164,24 @@ def line(fields: Iterable[Field], *, width: int) -> Text:
     )
     text.truncate(width)
     return text
+
+
+def wrapped(fields: Iterable[Field], *, width: int) -> Text:
+    """Return all fields, in as many lines of ``width`` columns as they take.
+
+    Example:
+        >>> fields = [Field("eval 5/10", 0), Field("reward 0.500", 1), Field("in 0:07", 5)]
+        >>> print(wrapped(fields, width=24).plain)
+        eval 5/10  reward 0.500
+          in 0:07
+    """
+    rows: list[list[Field]] = [[]]
+    for field in fields:
+        if rows[-1] and len(GAP.join(found.text for found in [*rows[-1], field])) > width:
+            rows.append([replace(field, text=GAP + field.text)])
+        else:
+            rows[-1].append(field)
+    return Text("\n").join(line(row, width=width) for row in rows)
 
 
 def number(value: float | None, width: int = 5) -> str:
@@ -225,12 +244,25 @@ def _length_fields(logs: Logs) -> Iterator[Field]:
 def _right_fields(logs: Logs) -> Iterator[Field]:
     """Accuracy with its interval; pass@1 is the same and left out."""
     if "accuracy" in logs:
-        ends = [logs.get(f"accuracy/{end}") for end in ("low", "high")]
-        interval = "" if None in ends else f" ({'-'.join(number(end, 4) for end in ends)})"
-        yield Field(f"accuracy {number(logs['accuracy'])}{interval}", 2)
+        yield Field(_measured(logs, "accuracy"), 2)
     for key in logs:
         if re.fullmatch(r"(pass|maj)@\d+", key) and not key.endswith("@1"):
             yield from _number_field(logs, key, key, width=5, rank=4)
+
+
+def _own_fields(logs: Logs) -> Iterator[Field]:
+    """What ``compute_metrics`` and the reward functions added."""
+    for key, value in logs.items():
+        known = find_metric(key) is not None or _OF_EVALUATION.fullmatch(key)
+        if not known and isinstance(value, int | float):
+            yield Field(f"{key} {number(value).strip()}", 4)
+
+
+def _measured(logs: Logs, key: str) -> str:
+    """A value with its interval, if it has one."""
+    ends = [logs.get(f"{key}/{end}") for end in ("low", "high")]
+    interval = "" if None in ends else f" ({'-'.join(number(end, 4) for end in ends)})"
+    return f"{key} {number(logs[key])}{interval}"
 
 
 def _pace_fields(pace: Pace, *, steps_left: int) -> Iterator[Field]:
@@ -248,6 +280,11 @@ def _is_healthy(logs: Logs, key: str) -> bool:
 
 def _priority(field: Field) -> tuple[float, int]:
     return field.rank if field.healthy else min(field.rank, UNHEALTHY_RANK), field.rank
+
+
+def _short(key: str, name: str) -> str:
+    """The name of a metric of an eval set, without that of the set."""
+    return key.removeprefix(f"{name}_").removeprefix(EVALUATION)
 
 
 def _step(step: int, max_steps: int) -> str:

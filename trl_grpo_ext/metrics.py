@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 
 EVALUATION = "eval_"
+HEALTHY_KL = 1.0  # [nats a token] at most; health.py warns where the median is above
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "KL to the reference by `kl_estimator` (if `beta` is not 0), mean over completion "
             "tokens. Single tokens make it jump.",
             "0.001 to 0.05 on large models, tenths on models as small as 135M",
-            high=1,
+            high=HEALTHY_KL,
         ),
         Metric(
             "clip_ratio/region_mean",
@@ -286,18 +287,29 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "",
             "Rounds of generation for one batch, until enough groups were informative. With "
             "`dynamic_sampling`, rewards and completions above are those of all rounds.",
+            "1 to 3; always `dynamic_sampling_max_rounds`, prompts are too easy or too hard",
         ),
         Metric(
             "dynamic_sampling/informative_fraction",
             "share of groups",
             "Groups drawn that were not silent.",
+            "1 where all prompts are in reach",
+            low=0.2,
+            high=1,
         ),
-        Metric("dynamic_sampling/groups_drawn", "groups", "Groups sampled for one batch."),
+        Metric(
+            "dynamic_sampling/groups_drawn",
+            "groups",
+            "Groups sampled for one batch.",
+            "at most 5 times those of a batch",
+        ),
         Metric(
             "dynamic_sampling/cost",
             "",
             "Groups drawn for each group that the batch holds.",
             "prompts too easy or too hard make it rise",
+            low=1,
+            high=5,
         ),
         Metric(
             "dynamic_sampling/unfilled",
@@ -309,6 +321,15 @@ METRICS: dict[str, tuple[Metric, ...]] = {
     ),
     "Robustness": (
         Metric(
+            "advantages/clipped_fraction",
+            "share of completions",
+            "Of a batch, all processes: with an advantage that `advantage_clip` cut (logged if it "
+            "is set), or that is exactly as large.",
+            "small: the clip is for outliers",
+            low=0,
+            high=0.1,
+        ),
+        Metric(
             "skipped_steps",
             "steps",
             "Optimizer steps left out since the run was started or resumed, because the gradient "
@@ -316,6 +337,38 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             low=0,
             high=0,
         ),
+    ),
+    "Reward services": (
+        Metric(
+            "rewards/excluded_fraction",
+            "share of completions",
+            "Left out of a batch, all processes, because a reward that is a service could not "
+            "score them.",
+            "0 but in an outage",
+            low=0,
+            high=0.1,
+        ),
+        Metric(
+            "rewards/<name>/unscored_fraction",
+            "share of completions",
+            "Those that one service did not score; this and the next ones are of one process's "
+            "call.",
+            "0 but in an outage",
+            low=0,
+            high=0.1,
+        ),
+        Metric(
+            "rewards/<name>/latency_p50_s",
+            "s",
+            "Median time of an answered request, without the waits for limits and retries.",
+            "steady",
+        ),
+        Metric("rewards/<name>/latency_p95_s", "s", "95th percentile of it."),
+        Metric("rewards/<name>/retries", "requests", "Requests sent again.", "mostly 0"),
+        Metric("rewards/<name>/cache_hits", "requests", "Answered from the disk."),
+        Metric("rewards/<name>/requests", "requests", "Sent."),
+        Metric("rewards/<name>/tokens", "tokens", "As the service counted them."),
+        Metric("rewards/<name>/cost", "", "Of these tokens, at the price that was given."),
     ),
     "Tools": (
         Metric("tools/call_frequency", "calls a completion", "Tool calls."),
@@ -360,9 +413,14 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         Metric(
             "train_samples_per_second",
             "1/s",
-            "Completions trained on; prompts, for `num_train_epochs`.",
+            "Completions trained on; prompts, for `num_train_epochs`. Those of the whole run, a "
+            "second of this session.",
         ),
-        Metric("train_steps_per_second", "1/s", "Optimizer steps."),
+        Metric(
+            "train_steps_per_second",
+            "1/s",
+            "`max_steps` a second of this session: too many if it was resumed.",
+        ),
         Metric(
             "train_tokens_per_second",
             "1/s",

@@ -28,6 +28,9 @@ Entry = Mapping[str, Any]
 class MetricsFile:
     """A file that takes one JSON object a log.
 
+    What is logged before a run begins (an evaluation, perhaps with no training to come) goes to the
+    end of the file that is there, and into that of the run when it begins.
+
     What cannot be written (a full disk) waits for the next log, after one warning. A kill leaves
     whole lines, or an unfinished last one, which a resumed run drops.
     """
@@ -37,6 +40,7 @@ class MetricsFile:
         self._clock = clock
         self._history: list[Entry] | None = None
         self._waiting: list[str] = []
+        self._num_early = 0  # lines of these that stand in the file of whatever was before the run
         self._begun = self._warned = False
 
     def begin(self, history: Iterable[Entry]) -> None:
@@ -54,13 +58,16 @@ class MetricsFile:
         self._write()
 
     def append(self, entry: Entry) -> None:
-        """Write one log at once, or as soon as the run has begun."""
+        """Write one log at once, or as soon as there is room."""
         self._waiting.append(_line(_cleaned(entry), round(self._clock(), 3)))
-        if self._begun:
-            self._write()
+        self._write()
 
     def _write(self) -> None:
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._begun:
+                self._write_early()
+                return
             if self._history is not None:
                 self._start([_cleaned(entry) for entry in self._history])
                 self._history = None
@@ -69,8 +76,22 @@ class MetricsFile:
         except OSError as error:
             self._warn(error)
 
+    def _write_early(self) -> None:
+        if not self._num_early:
+            _drop_half_line(self.path)
+        _append(self.path, "".join(self._waiting[self._num_early :]))
+        self._num_early = len(self._waiting)
+
+    def _take_back_early(self) -> None:
+        """Leave to an earlier run what is of it: the lines of this one move into its own file."""
+        early, self._num_early = self._waiting[: self._num_early], 0
+        if early and self.path.is_file():
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+            kept = [line for line in text.splitlines(keepends=True) if line not in early]
+            _write_atomically(self.path, "".join(kept))
+
     def _start(self, entries: list[dict[str, Any]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._take_back_early()
         found = _read(self.path)
         times = {_identity(entry): entry.get("time") for entry in found}
         if found and not any(_identity(entry) in times for entry in entries):
@@ -150,6 +171,12 @@ def _read(path: Path) -> list[dict[str, Any]]:
         if isinstance(entry, dict):
             entries.append(entry)
     return entries
+
+
+def _drop_half_line(path: Path) -> None:
+    """Cut off what a kill left of a line."""
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def _append(path: Path, text: str) -> None:

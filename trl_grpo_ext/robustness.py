@@ -36,7 +36,8 @@ class RobustnessOptions:
         default=None,
         metadata={
             "help": "Largest size of an advantage, after normalization; beyond it, it is cut to "
-            "that (5 to 10 stops outliers); none if not set."
+            "that; none if not set. Normalized by its own group of G, no advantage exceeds "
+            "(G - 1) / sqrt(G), which is 2.5 for 8 and 7.9 for 64: only a limit below that cuts."
         },
     )
     max_skipped_steps: int = field(
@@ -69,7 +70,7 @@ def robustness_problems(options: RobustnessOptions) -> Iterator[str]:
     if clip is not None and not clip > 0:
         yield (
             f"`advantage_clip` is {clip}, which would leave no advantage. Use a positive number "
-            "(5 to 10 stops outliers), or leave it out."
+            "below (G - 1) / sqrt(G), the largest of a group of G (2.5 for 8), or leave it out."
         )
     if options.max_skipped_steps < 1:
         yield (

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
+from rich.text import Text
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
@@ -18,21 +21,24 @@ from transformers import (
     TrainingArguments,
 )
 
+from trl_grpo_ext.evaluation.options import best_key
 from trl_grpo_ext.health import HealthCallback
 from trl_grpo_ext.log_line import (
     LAST,
     Field,
     Logs,
-    Pace,
     evaluation_fields,
     last_fields,
     line,
+    number,
     other_fields,
     training_fields,
+    wrapped,
 )
 from trl_grpo_ext.log_options import LogOptions
 from trl_grpo_ext.metrics import EVALUATION
 from trl_grpo_ext.metrics_file import MetricsFileCallback
+from trl_grpo_ext.pace import Pace
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed}"
 
@@ -67,12 +73,22 @@ class StepLogCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.pace = Pace()
+        self._first_step, self._first_tokens = 0, 0.0
+        self._is_training = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget the pace of an earlier training."""
+        """Forget the pace of an earlier training, and note where this one begins."""
         self.pace = Pace()
+        self._first_step, self._first_tokens = state.global_step, state.num_input_tokens_seen
+        self._is_training = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note that no evaluation makes another model the best from here on."""
+        self._is_training = False
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -94,19 +110,41 @@ class StepLogCallback(TrainerCallback):
         logs: Logs | None = None,
         **kwargs: Any,
     ) -> None:
-        """Print the line."""
-        if state.is_world_process_zero and logs:
-            print_line(self._fields(logs, state))
-
-    def _fields(self, logs: Logs, state: TrainerState) -> Iterator[Field]:
+        """Print the line; of an evaluation and at the end, all of it."""
+        if not (state.is_world_process_zero and logs):
+            return
         step, max_steps = state.global_step, state.max_steps
         if any(key.startswith(EVALUATION) for key in logs):
-            return evaluation_fields(logs, step=step, max_steps=max_steps)
-        if LAST in logs:
-            return last_fields(logs, step=step, num_tokens=state.num_input_tokens_seen)
-        if "loss" in logs:
-            return training_fields(logs, step=step, max_steps=max_steps, pace=self.pace)
-        return other_fields(logs, step=step, max_steps=max_steps)
+            print_lines(self._evaluation(logs, args, state, control))
+        elif LAST in logs:
+            print_lines(self._end(logs, args, state))
+        elif "loss" in logs:
+            print_line(training_fields(logs, step=step, max_steps=max_steps, pace=self.pace))
+        else:
+            print_line(other_fields(logs, step=step, max_steps=max_steps))
+
+    def _evaluation(
+        self, logs: Logs, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> Iterator[Field]:
+        best = None if args.metric_for_best_model is None else best_key(args.metric_for_best_model)
+        # A resumed run repeats an interrupted evaluation just before it begins.
+        is_judged = self._is_training or control.should_evaluate
+        return evaluation_fields(
+            logs,
+            step=state.global_step,
+            max_steps=state.max_steps,
+            best=best,
+            is_new_best=is_judged and _is_new_best(logs.get(best or ""), args, state),
+        )
+
+    def _end(self, logs: Logs, args: TrainingArguments, state: TrainerState) -> Iterator[Field]:
+        return last_fields(
+            logs,
+            step=state.global_step,
+            num_tokens=state.num_input_tokens_seen - self._first_tokens,
+            first_step=self._first_step,
+            best=_best(args, state),
+        )
 
 
 class BarCallback(ProgressCallback):
@@ -151,11 +189,50 @@ class BarCallback(ProgressCallback):
         """Leave the log to :class:`StepLogCallback`."""
 
 
-def print_line(fields: Iterator[Field]) -> None:
+def print_line(fields: Iterable[Field]) -> None:
     """Print fields as a line of at most the terminal's width; plain where there is no terminal."""
-    console = Console(file=sys.stdout, highlight=False, force_jupyter=False)
+    console = _console()
+    _print(console, line(fields, width=console.width))
+
+
+def print_lines(fields: Iterable[Field]) -> None:
+    """Print fields likewise, in as many lines as they take."""
+    console = _console()
+    _print(console, wrapped(fields, width=console.width))
+
+
+def _is_new_best(value: float | None, args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether transformers is about to take this evaluation for the best.
+
+    It does not judge that of ``eval_on_start``, of which there is no checkpoint.
+    """
+    if value is None or math.isnan(value) or state.global_step == 0:
+        return False
+    if state.best_metric is None:
+        return True
+    return value > state.best_metric if args.greater_is_better else value < state.best_metric
+
+
+def _best(args: TrainingArguments, state: TrainerState) -> str | None:
+    """The best checkpoint and its value, or the best step if it was not saved."""
+    if state.best_metric is None or not state.best_global_step:
+        return None
+    saved = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
+    name = str(args.metric_for_best_model).removeprefix(EVALUATION)
+    value = f"({name} {number(state.best_metric).strip()})"
+    if saved == f"checkpoint-{state.best_global_step}":
+        return f"{saved} {value}"
+    loads = f", {saved} is loaded" if args.load_best_model_at_end and saved else ""
+    return f"step {state.best_global_step} {value}, not saved{loads}"
+
+
+def _console() -> Console:
+    return Console(file=sys.stdout, highlight=False, force_jupyter=False)
+
+
+def _print(console: Console, text: Text) -> None:
     with console.capture() as captured:
-        console.print(line(fields, width=console.width), no_wrap=True, soft_wrap=True, end="")
+        console.print(text, no_wrap=True, soft_wrap=True, end="")
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     tqdm.write(captured.get().encode(encoding, "replace").decode(encoding), file=sys.stdout)
     sys.stdout.flush()

@@ -106,6 +106,7 @@ def test_evaluate_counts_each_prompt_once_in_the_order_of_the_dataset(
         "eval_completions/clipped_ratio": groups.truncated_PG.double().mean().item(),
         "eval_tasks/even/accuracy": mean(itertools.chain(*even)),
         "eval_tasks/even/num_prompts": 4,
+        "eval_num_tokens": 0,  # sampled in training so far
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     assert 0 < metrics["eval_accuracy"] < metrics["eval_pass@2"] < metrics["eval_pass@4"]
@@ -213,6 +214,8 @@ def test_several_sets_have_metrics_of_their_own_name(make: Callable[..., Any]) -
     assert metrics["eval_small_num_prompts"] == 3
     assert metrics["eval_large_num_prompts"] == NUM_PROMPTS
     assert "eval_reward" not in metrics
+    # Of the run and of no set; TRL calls it so.
+    assert [name for name in metrics if name.endswith("num_tokens")] == ["eval_num_tokens"]
     small, large = keep.groups
     assert metrics["eval_small_reward"] == pytest.approx(small.reward_PG.double().mean().item())
     assert small.completions == large.completions[:3]  # the same prompts, so the same draws
@@ -295,7 +298,7 @@ def test_evaluation_leaves_training_as_it_is(make: Callable[..., Any], engine: s
 # The best model -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", ["pass@2", "eval_tasks/odd/rewards/vowels/accuracy"])
+@pytest.mark.parametrize("metric", ["pass@2", "eval_tasks/odd/accuracy"])
 def test_the_best_model_is_loaded_and_training_stops_early(
     make: Callable[..., Any], tmp_path: Path, metric: str
 ) -> None:
@@ -462,8 +465,43 @@ def test_a_greedy_pass_shows_a_bar(
             "`eval_task_column` is 'kind', but an eval set has the columns prompt, answer, task, "
             "so its prompts have no task. Name one of these",
         ),
+        (
+            {"metric_for_best_model": "pass@4", "eval_strategy": "steps", "eval_steps": 1},
+            {"eval_dataset": {"easy": data(), "hard": data()}},
+            "`metric_for_best_model` is 'pass@4', but `eval_dataset` has named sets (easy, hard), "
+            "whose metrics begin with their name, so there would be no best model. Use one of: "
+            "easy_pass@4, hard_pass@4.",
+        ),
+        (
+            {
+                "metric_for_best_model": "easy_rewards/vowels/accuracy",
+                "eval_strategy": "steps",
+                "eval_steps": 1,
+            },
+            {"eval_dataset": {"easy": data()}},
+            "'vowels' is the first reward function, by which accuracy, pass@k and maj@k are "
+            "reported without its name, so there would be no best model. Use "
+            "`metric_for_best_model: easy_accuracy`.",
+        ),
+        (
+            {"gradient_accumulation_steps": 4},
+            {"train_dataset": data(7)},
+            "`train_dataset` has 7 rows, but a generation batch takes 8 different prompts (32 "
+            "completions / `num_generations`=4), and TRL leaves out what does not fill one, so "
+            "nothing would be trained on. Add prompts, or lower `per_device_train_batch_size`, "
+            "`gradient_accumulation_steps` or `steps_per_generation` (or `generation_batch_size`, "
+            "if that is set) until they fill one.",
+        ),
     ],
-    ids=["extensions-off", "not-callable", "rollout", "no-such-column"],
+    ids=[
+        "extensions-off",
+        "not-callable",
+        "rollout",
+        "no-such-column",
+        "best-of-no-set",
+        "best-of-first-reward",
+        "too-few-prompts",
+    ],
 )
 def test_what_cannot_work_is_refused_before_a_model_loads(
     tmp_path: Path, options: dict[str, Any], arguments: dict[str, Any], message: str
@@ -472,6 +510,38 @@ def test_what_cannot_work_is_refused_before_a_model_loads(
     with pytest.raises(ConfigurationError) as raised:
         ExtGRPOTrainer("no-such-model", vowels, config, **{"train_dataset": data(), **arguments})
     assert message in str(raised.value)
+
+
+def test_a_metric_of_a_named_set_makes_the_best_model(make: Callable[..., Any]) -> None:
+    trainer = make(
+        {
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "max_steps": 2,
+            "metric_for_best_model": "easy_pass@4",
+        },
+        eval_dataset={"easy": data(2), "hard": data(3)},
+    )
+    trainer.train()
+    assert trainer.state.best_metric == max(series(trainer.state.log_history, "eval_easy_pass@4"))
+
+
+def test_as_many_prompts_as_a_generation_batch_takes_are_trained_on(
+    make: Callable[..., Any],
+) -> None:
+    trainer = make({"gradient_accumulation_steps": 4, "max_steps": 1}, train_dataset=data(8))
+    trainer.train()
+    assert len(series(trainer.state.log_history, "reward")) == 1
+
+
+def test_too_few_prompts_are_left_to_trl_with_extensions_off_and_in_a_stream(
+    make: Callable[..., Any],
+) -> None:
+    options = {"gradient_accumulation_steps": 4, "max_steps": 1}
+    trainer = make({**options, "extensions": False}, train_dataset=data(7))
+    trainer.train()
+    assert series(trainer.state.log_history, "reward") == []
+    make(options, train_dataset=data(7).to_iterable_dataset())
 
 
 def test_a_batch_that_would_split_a_group_is_refused(make: Callable[..., Any]) -> None:
@@ -522,7 +592,7 @@ def test_the_blocks_of_the_guide_run(tiny_model_dir: Path, tmp_path: Path) -> No
     """All but the last one, which needs a model from the package index."""
     text = (HERE.parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     *blocks, last = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, Any] = {
         "model": str(tiny_model_dir),
         "reward_funcs": [vowels],
@@ -533,7 +603,7 @@ def test_the_blocks_of_the_guide_run(tiny_model_dir: Path, tmp_path: Path) -> No
         small = f'output_dir="{tmp_path}", max_completion_length=4, bf16=False, use_cpu=True,'
         exec(block.replace('output_dir="outputs/run",', small), names)
     assert names["metrics"]["eval_greedy/num_prompts"] == NUM_PROMPTS
-    assert names["config"].metric_for_best_model == "pass@8"
+    assert names["config"].metric_for_best_model == "easy_pass@8"
     assert names["exact_match"](completions=["so\n7", "8"], answer=["7", "7"]) == [1.0, 0.0]
     compile(last, "evaluation.md", "exec")
 

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from trl_grpo_ext.evaluation.options import EvaluationOptions, eval_ks, evaluation_problems
+from trl_grpo_ext.evaluation.options import (
+    EvaluationOptions,
+    eval_ks,
+    evaluation_problems,
+    long_best_problem,
+    unnamed_best_problem,
+)
 
 
 def problems(
@@ -56,6 +62,40 @@ def test_what_cannot_work_is_named(options: dict[str, Any], message: str) -> Non
     found = problems(**options)
     assert len(found) == 1
     assert message in found[0]
+
+
+@pytest.mark.parametrize(
+    ("metric", "keys"),
+    [
+        ("pass@2", "easy_pass@2, not_so_hard_pass@2"),
+        ("eval_pass@2", "easy_pass@2, not_so_hard_pass@2"),
+        ("esay_pass@2", "easy_pass@2, not_so_hard_pass@2"),
+        ("easypass@2", "easy_easypass@2, not_so_hard_easypass@2"),
+        ("loss", "easy_loss, not_so_hard_loss"),
+        ("tasks/sum/maj@4", "easy_tasks/sum/maj@4, not_so_hard_tasks/sum/maj@4"),
+    ],
+)
+def test_metric_of_the_best_model_without_the_name_of_a_set_is_told(metric: str, keys: str) -> None:
+    problem = unnamed_best_problem(metric, sets={"easy": 1, "not_so_hard": 2})
+    assert problem == (
+        f"`metric_for_best_model` is {metric!r}, but `eval_dataset` has named sets (easy, "
+        "not_so_hard), whose metrics begin with their name, so there would be no best model. "
+        f"Use one of: {keys}."
+    )
+
+
+@pytest.mark.parametrize("metric", ["easy_pass@2", "eval_not_so_hard_tasks/sum/maj@4"])
+def test_metric_of_the_best_model_with_the_name_of_a_set_is_fine(metric: str) -> None:
+    assert unnamed_best_problem(metric, sets=["easy", "not_so_hard"]) is None
+
+
+def test_metric_of_the_best_model_has_no_name_of_the_first_reward() -> None:
+    problem = long_best_problem("eval_tasks/a/rewards/r[1]/maj@4/low", first_reward="r[1]")
+    assert problem is not None
+    assert "'r[1]' is the first reward function, by which accuracy," in problem
+    assert problem.endswith("Use `metric_for_best_model: eval_tasks/a/maj@4/low`.")
+    for metric in ("rewards/r[1]/mean", "rewards/r1/maj@4", "maj@4", "loss"):
+        assert long_best_problem(metric, first_reward="r[1]") is None
 
 
 def test_ks_are_sorted_and_fit_the_group() -> None:

@@ -17,15 +17,18 @@ from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import set_seed
 from transformers.trainer_utils import EvalLoopOutput
+from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from trl_grpo_ext._trl.eval_rows import EvalRowSeams
 from trl_grpo_ext.config import ExtensionOptions
+from trl_grpo_ext.data_checks import too_few_prompts
 from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.evaluation.groups import EvalGroups
 from trl_grpo_ext.evaluation.metrics import MetricSettings, group_metrics, spread_metrics
-from trl_grpo_ext.evaluation.options import eval_ks
+from trl_grpo_ext.evaluation.options import eval_ks, long_best_problem, unnamed_best_problem
 from trl_grpo_ext.randomness import random_state, set_random_state
+from trl_grpo_ext.rewards.registry import log_name
 
 
 class EvaluationSeams(EvalRowSeams):
@@ -92,11 +95,13 @@ class EvaluationSeams(EvalRowSeams):
                 output = cast(EvalLoopOutput, super().evaluation_loop(dataloader, *args, **kwargs))
             groups = self._gathered(collected)
             metrics = self._batch_metrics(collected) | self._spreads(groups)
+            num_tokens = metrics.pop("num_tokens", 0.0)
             metrics |= self._measured(groups)
             if decoding == "both":
                 found = self._measured(self._greedy_groups(groups))
                 metrics |= {f"greedy/{name}": value for name, value in found.items()}
         cast(dict[str, float], output.metrics).update(_prefixed(metrics, f"{metric_key_prefix}_"))
+        self._metrics["eval"]["num_tokens"] = [num_tokens]  # of the run, so TRL logs it of no set
         return output
 
     def _check_before_evaluation(self, dataset: Any) -> None:
@@ -216,9 +221,27 @@ def _problems(given: Mapping[str, Any], compute_metrics: object) -> Iterator[str
             f"`eval_decoding` is {options.eval_decoding!r}, but a `rollout_func` generates the "
             "completions, and cannot be told to be greedy. Set `eval_decoding: sampled`."
         )
+    if args is not None and options.extensions:
+        yield from _best_problems(args, given)
+        batch_size, group_size = cast(int, args.generation_batch_size), args.num_generations
+        rows = given.get("train_dataset")
+        if problem := too_few_prompts(rows, batch_size=batch_size, group_size=group_size):
+            yield problem
     for dataset in sets.values() if isinstance(sets, dict) else [sets]:
         if problem := _task_problem(options.eval_task_column, dataset):
             yield problem
+
+
+def _best_problems(args: GRPOConfig, given: Mapping[str, Any]) -> Iterator[str]:
+    metric, sets = args.metric_for_best_model, given.get("eval_dataset")
+    if metric is None or args.eval_strategy == "no":
+        return
+    if isinstance(sets, dict) and (problem := unnamed_best_problem(metric, sets=sets)):
+        yield problem
+    rewards = given.get("reward_funcs")
+    first = rewards[0] if isinstance(rewards, list) and rewards else rewards
+    if callable(first) and (problem := long_best_problem(metric, first_reward=log_name(first))):
+        yield problem
 
 
 def _task_problem(column: str | None, dataset: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""TRL's trainer that leaves out a step whose gradient is not finite."""
+"""TRL's trainer that leaves out a step whose gradient is not finite, and counts what it cuts."""
 
 from __future__ import annotations
 
@@ -78,17 +78,28 @@ class GuardSeams(DynamicSamplingSeams):
         if self.is_world_process_zero():
             logger.warning(f"{found}. It would ruin the weights, so this step is skipped. {_CAUSE}")
 
-    # Truncated completions ------------------------------------------------------------------------
+    # What is cut and left out of a batch ----------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Run TRL's method; count the truncated completions that its loss leaves out."""
+        """Run TRL's method; count the completions that its loss leaves out, and cut advantages."""
         training = self._mode == "train"
         output = super()._generate_and_score_completions(inputs)
-        if self.extended and training and self.mask_truncated_completions:
-            num_masked = (~output["completion_mask"].any(dim=1)).sum()
-            total = self.accelerator.reduce(num_masked, reduction="sum")
-            self._metrics["train"]["completions/num_truncated"].append(float(total))
+        if not (self.extended and training):
+            return output
+        metrics, clip = self._metrics["train"], self.options.advantage_clip
+        if self.mask_truncated_completions:
+            num_masked = self._over_processes(~output["completion_mask"].any(dim=1))
+            metrics["completions/num_truncated"].append(num_masked)
+        if clip is not None:
+            advantages_B = output["advantages"]
+            num_cut = self._over_processes(advantages_B.abs() >= clip)
+            num_completions = len(advantages_B) * self.accelerator.num_processes
+            metrics["advantages/clipped_fraction"].append(num_cut / num_completions)
         return output
+
+    def _over_processes(self, holds_B: torch.Tensor) -> float:
+        """In how many rows of the batch something holds; every process must call it."""
+        return float(self.accelerator.reduce(holds_B.sum(), reduction="sum"))
 
 
 def _as_number(norm: Any) -> float:

@@ -100,16 +100,17 @@ def _metrics(groups: EvalGroups, settings: MetricSettings) -> dict[str, float]:
 def _measured_a_prompt(
     groups: EvalGroups, settings: MetricSettings
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield what has one value a prompt, and therefore an interval."""
+    """Yield what has one value a prompt, and therefore an interval.
+
+    The first reward function is the one that judges: what is right by it needs no name.
+    """
     yield "reward", _mean_a_prompt(groups.reward_PG)
     yield "completions/mean_length", _mean_a_prompt(groups.lengths_PG)
     yield "completions/clipped_ratio", _mean_a_prompt(groups.truncated_PG)
     for number, (reward, scores_PG) in enumerate(groups.rewards.items()):
         yield f"rewards/{reward}/mean", _mean_a_prompt(scores_PG)
         for name, values_P in _rightness(scores_PG, groups.answers.get(reward), settings):
-            yield f"rewards/{reward}/{name}", values_P
-            if number == 0:
-                yield name, values_P
+            yield (f"rewards/{reward}/{name}" if number else name), values_P
 
 
 def _rightness(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -135,6 +135,58 @@ def _k_problems(
         )
     yield from _best_model_problems(
         metric_for_best_model or "", eval_ks(options, group_size=group_size)
+    )
+
+
+def best_key(metric_for_best_model: str) -> str:
+    """Return the name under which ``transformers`` looks that metric up.
+
+    Example:
+        >>> best_key("pass@8"), best_key("eval_pass@8")
+        ('eval_pass@8', 'eval_pass@8')
+    """
+    return f"eval_{metric_for_best_model.removeprefix('eval_')}"
+
+
+def unnamed_best_problem(metric_for_best_model: str, *, sets: Iterable[str]) -> str | None:
+    """Return what is wrong with the metric of the best model where the eval sets have names.
+
+    Every metric of such an evaluation begins with the name of its set.
+
+    Example:
+        >>> unnamed_best_problem("easy_pass@2", sets=["easy", "hard"]) is None
+        True
+        >>> unnamed_best_problem("pass@2", sets=["easy", "hard"]).partition("Use ")[2]
+        'one of: easy_pass@2, hard_pass@2.'
+    """
+    metric, names = metric_for_best_model.removeprefix("eval_"), list(sets)
+    if any(metric.startswith(f"{name}_") for name in names):
+        return None
+    short = re.sub(r".*_(?=(accuracy|(pass|maj)@\d+)$)", "", metric)  # of a name that is misspelt
+    return (
+        f"`metric_for_best_model` is {metric_for_best_model!r}, but `eval_dataset` has named sets "
+        f"({', '.join(names)}), whose metrics begin with their name, so there would be no best "
+        f"model. Use one of: {', '.join(f'{name}_{short}' for name in names)}."
+    )
+
+
+def long_best_problem(metric_for_best_model: str, *, first_reward: str) -> str | None:
+    """Return what is wrong with a metric of the first reward that goes by its short name only.
+
+    Example:
+        >>> long_best_problem("rewards/exact/mean", first_reward="exact") is None
+        True
+        >>> long_best_problem("rewards/exact/pass@4", first_reward="exact").partition("Use ")[2]
+        '`metric_for_best_model: pass@4`.'
+    """
+    long = re.escape(f"rewards/{first_reward}/")
+    if not re.search(rf"{long}(accuracy|(pass|maj)@\d+)(/low|/high)?$", metric_for_best_model):
+        return None
+    return (
+        f"`metric_for_best_model` is {metric_for_best_model!r}, but '{first_reward}' is the first "
+        "reward function, by which accuracy, pass@k and maj@k are reported without its name, so "
+        "there would be no best model. Use `metric_for_best_model: "
+        f"{re.sub(long, '', metric_for_best_model)}`."
     )
 
 
