@@ -11,11 +11,11 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test test-all lint format types bench build clean
+.PHONY: help install quickstart quickstart-api test test-all lint format types bench build clean
 
 help: ## List the targets
 	@echo "usage: make [target] [VARIABLE=value ...]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "variables: PYTHON=$(PYTHON) (3.11 to 3.14), PIP_FLAGS (for pip install),"
 	@echo "           ARGS (for the recipe, pytest or the benchmark), JOBS=$(JOBS) (test processes)"
 
@@ -23,6 +23,10 @@ install: $(STAMP) ## Make .venv and install the pinned set (again when a pin cha
 
 quickstart: install ## Train SmolLM2-135M on one-digit sums: about five minutes on two cores
 	$(LAUNCH) recipes/grpo.py --config recipes/configs/quickstart.yaml $(ARGS)
+
+quickstart-api: install ## The same, with its reward served by another process on this machine
+	$(VENV)/bin/trl-grpo-ext serve-reward --reward last_number & trap "kill $$!" EXIT; \
+	$(LAUNCH) recipes/grpo.py --config recipes/configs/quickstart_api.yaml $(ARGS)
 
 test: install ## Run the tests, without those marked slow
 	$(PYTEST) -m "not slow" $(ARGS)

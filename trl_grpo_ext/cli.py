@@ -7,7 +7,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -226,48 +226,57 @@ def recipe_files(folder: Path) -> list[Path]:
 @app.command("check-reward")
 def check_reward_command(
     *,
-    config: Annotated[Path, typer.Option(help="YAML of a recipe.", exists=True, dir_okay=False)],
+    config: Annotated[
+        Path | None, typer.Option(help="YAML of a recipe.", exists=True, dir_okay=False)
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="Or the address of a service, with --protocol.")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="Of the service: openai_chat, openrlhf, generic_json, ...")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the protocol, as name=value, such as model=judge; repeat for more."),
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the key, never the key.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Of the samples, for one of your own.")] = None,
+    completion: Annotated[
+        list[str] | None, typer.Option(help="A sample of your own; repeat for more.")
+    ] = None,
     column: Annotated[
         list[str] | None,
         typer.Option(help="Of the sample row, as name=value, such as answer=4; repeat for more."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Ask each reward service of a YAML about two samples, and show what it says."""
-    import yaml
+    """Ask a reward service, or each of a YAML, about two samples, and show what it says.
 
+    The exit code is 1 where something keeps it from giving scores.
+    """
     from trl_grpo_ext.errors import ExtGRPOError
-    from trl_grpo_ext.rewards.api.check import api_rewards, check_reward
+    from trl_grpo_ext.rewards.api.check import check_reward, shown
+    from trl_grpo_ext.rewards.api.check_arguments import rewards_to_check, samples_to_check
 
-    columns = dict(pair.split("=", 1) for pair in column or [] if "=" in pair)
     try:
-        rewards = api_rewards((yaml.safe_load(config.read_text()) or {}).get("rewards", []))
-        found = {r.__name__: check_reward(r, columns=columns) for r in rewards}
-    except (ExtGRPOError, yaml.YAMLError, AttributeError) as error:
+        samples = samples_to_check(prompt=prompt, completion=completion, column=column)
+        rewards = rewards_to_check(
+            config=config,
+            base_url=base_url,
+            protocol=protocol,
+            option=option,
+            api_key_env=api_key_env,
+        )
+        found = [(r.__name__, one) for r in rewards for one in check_reward(r, **samples)]
+    except ExtGRPOError as error:
         raise _failure(str(error)) from error
-    checked = [{"reward": name, **asdict(one)} for name, all_ in found.items() for one in all_]
     if as_json:
-        typer.echo(json.dumps(checked, indent=2))
+        typer.echo(json.dumps([{"reward": name, **asdict(one)} for name, one in found], indent=2))
     else:
-        for one in checked:
-            _print_checked(one)
-    raise typer.Exit(1 if any(one["problem"] for one in checked) else 0)
-
-
-def _print_checked(checked: dict[str, Any]) -> None:
-    latency = checked["latency_s"]
-    lines = {
-        "asked": checked["url"] or "nothing could be sent",
-        "sent": json.dumps(checked["payload"], indent=2, ensure_ascii=False),
-        "reply": f"HTTP {checked['status']}: {checked['reply']}" if checked["status"] else "none",
-        "latency": "unknown" if latency is None else f"{latency:.2f} s",
-        "problem": checked["problem"] or "none",
-    }
-    typer.echo(f"reward {checked['reward']}")
-    for name, text in lines.items():
-        typer.echo(f"  {name}: {text}")
-    for completion, score in zip(checked["completions"], checked["scores"], strict=False):
-        typer.echo(f"  score {score} for {completion!r}")
+        typer.echo("\n".join(shown(one, name=name) for name, one in found))
+    raise typer.Exit(1 if any(one.problem for _, one in found) else 0)
 
 
 @app.command("serve-reward")

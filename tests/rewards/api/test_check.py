@@ -6,7 +6,7 @@ import pytest
 from rewards.api.services import Lengths, serving
 
 from trl_grpo_ext.errors import ConfigurationError
-from trl_grpo_ext.rewards.api.check import api_rewards, check_reward
+from trl_grpo_ext.rewards.api.check import check_reward
 from trl_grpo_ext.rewards.api.reward import APIReward
 
 KEY = "sk-tell-nobody"
@@ -74,19 +74,3 @@ def test_check_without_anything_to_ask_is_refused() -> None:
     reward = APIReward("https://judge.example", protocol=Lengths(), cache=False)
     with pytest.raises(ConfigurationError, match="has nothing to ask"):
         check_reward(reward, completions=[])
-
-
-def test_rewards_of_a_yaml_that_are_from_an_api_are_found() -> None:
-    entry = {
-        "name": "trl_grpo_ext.rewards.api.reward:APIReward",
-        "arguments": {
-            "base_url": "https://judge.example/v1",
-            "protocol": "openai_chat",
-            "model": "judge",
-            "log_as": "judge",
-        },
-    }
-    (reward,) = api_rewards(["last_number", entry])
-    assert reward.__name__ == "judge"
-    with pytest.raises(ConfigurationError, match="None of the `rewards` is from an API"):
-        api_rewards(["last_number"])

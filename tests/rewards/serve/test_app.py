@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -229,9 +231,7 @@ def test_signal_ends_the_server_after_the_requests_in_flight(
     sent: signal.Signals, seconds: str, status: int, tmp_path: Path
 ) -> None:
     (tmp_path / "slow_reward.py").write_text(SLOW)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-c", PROGRAM, str(port)]
     with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE) as server:
@@ -249,6 +249,33 @@ def test_signal_ends_the_server_after_the_requests_in_flight(
             assert not _is_up(client)
         finally:
             server.kill()
+
+
+def test_server_in_the_background_of_a_script_outlives_ctrl_c() -> None:
+    port = _free_port()
+    # `sh` starts such jobs with Ctrl-C ignored; a terminal sends it to them all the same.
+    command = [sys.executable, "-m", "trl_grpo_ext.cli", "serve-reward", "--reward", "last_number"]
+    script = f"{shlex.join([*command, '--port', str(port)])} & echo $!; wait"
+    with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True) as shell:
+        server = int(shell.stdout.readline())
+        try:
+            client = Client(port)
+            until(lambda: _is_up(client), timeout_s=30)
+            os.kill(server, signal.SIGINT)
+            time.sleep(0.3)
+            asked = {"query": ["4"], "prompts": [""], "labels": ["4"]}
+            assert client.post("/get_reward", asked).json["rewards"] == [1.0]
+            os.kill(server, signal.SIGTERM)
+            until(lambda: not _is_up(client))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(server, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _is_up(client: Client) -> bool:

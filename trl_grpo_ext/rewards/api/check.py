@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,6 @@ from trl_grpo_ext.rewards.api.reward import APIReward
 from trl_grpo_ext.rewards.api.scorer import Scorer
 from trl_grpo_ext.rewards.api.secret import excerpt
 from trl_grpo_ext.rewards.api.wire import Item, UnreadableReplyError, WireProtocol, WireRequest
-from trl_grpo_ext.rewards.registry import RewardEntry, build_rewards
 from trl_grpo_ext.rewards.scores import Score
 
 SAMPLE_PROMPT = "What is 2 + 2?"
@@ -84,21 +84,45 @@ def check_reward(
     return [_checked(reward, request, items) for request in requests]
 
 
-def api_rewards(specs: Sequence[RewardEntry]) -> list[APIReward]:
-    """Return the rewards from an API among the `rewards` of a YAML.
+def shown(checked: CheckedRequest, *, name: str) -> str:
+    """Return the lines that show a request and its reply to a reader.
 
-    Raises:
-        ConfigurationError: the rewards cannot be built, or none is from an API.
+    Args:
+        checked: What was asked and said.
+        name: Of the reward.
+
+    Example:
+        >>> lost = CheckedRequest(
+        ...     url="", headers={}, payload={"text": "4"}, completions=("4",), problem="no reply"
+        ... )
+        >>> print(shown(lost, name="judge"))
+        reward judge
+          asked: nothing could be sent
+          headers: {}
+          sent: {
+          "text": "4"
+        }
+          reply: none
+          latency: unknown
+          problem: no reply
     """
-    rewards = [reward for reward in build_rewards(specs)[0] if isinstance(reward, APIReward)]
-    if not rewards:
-        raise ConfigurationError(
-            [
-                "None of the `rewards` is from an API, so there is no service to check. Name one "
-                "in `rewards`, with `base_url` and `protocol` in its `arguments`."
-            ]
-        )
-    return rewards
+    latency = "unknown" if checked.latency_s is None else f"{checked.latency_s:.2f} s"
+    lines = {
+        "asked": checked.url or "nothing could be sent",
+        "headers": json.dumps(dict(checked.headers), ensure_ascii=False),
+        "sent": json.dumps(checked.payload, indent=2, ensure_ascii=False),
+        "reply": f"HTTP {checked.status}: {checked.reply}" if checked.status else "none",
+        "latency": latency,
+        "problem": checked.problem or "none",
+    }
+    scores = zip(checked.completions, checked.scores, strict=False)  # there may be no scores
+    return "\n".join(
+        [
+            f"reward {name}",
+            *(f"  {label}: {text}" for label, text in lines.items()),
+            *(f"  score {score} for {completion!r}" for completion, score in scores),
+        ]
+    )
 
 
 def _checked(reward: APIReward, request: WireRequest, items: Sequence[Item]) -> CheckedRequest:

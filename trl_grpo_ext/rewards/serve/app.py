@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import signal
 from collections.abc import Callable, Coroutine, Iterator
 from http import HTTPStatus
+from types import FrameType
 from typing import Any, TypeVar
 
 import uvicorn
@@ -50,7 +52,20 @@ def build_server(backend: Backend, *, settings: ServeSettings) -> uvicorn.Server
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=settings.grace_s,
     )
-    return uvicorn.Server(config)
+    return _Server(config)
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals ignored that were when it was made; uvicorn would listen to them again."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        stopping = (signal.SIGINT, signal.SIGTERM)
+        self._ignored = {sig for sig in stopping if signal.getsignal(sig) is signal.SIG_IGN}
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig not in self._ignored:
+            super().handle_exit(sig, frame)
 
 
 def build_app(backend: Backend, *, name: str, limits: Limits, token: str | None) -> Starlette:

@@ -16,6 +16,9 @@ from trl_grpo_ext.rewards.serve.settings import ServeSettings, serve_problems
 def serve_reward(settings: ServeSettings) -> None:
     """Serve a reward until SIGTERM or Ctrl-C; requests in flight are answered first.
 
+    Where it starts with Ctrl-C ignored, as a shell script's job in the background does, it goes on
+    ignoring it: the script says when the server ends.
+
     Args:
         settings: What to serve, where, and to whom.
 
@@ -29,8 +32,9 @@ def serve_reward(settings: ServeSettings) -> None:
 
     backend = build_backend(settings)
     try:
+        server = build_server(backend, settings=settings)
         with _ending_normally():
-            build_server(backend, settings=settings).run()
+            server.run()
     finally:
         backend.close()
 
@@ -41,7 +45,9 @@ def _ending_normally() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {sig: signal.signal(sig, _end) for sig in (signal.SIGINT, signal.SIGTERM)}
+    stopping = (signal.SIGINT, signal.SIGTERM)
+    heard = [sig for sig in stopping if signal.getsignal(sig) is not signal.SIG_IGN]
+    before = {sig: signal.signal(sig, _end) for sig in heard}
     try:
         yield
     finally:
