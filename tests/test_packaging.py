@@ -83,7 +83,7 @@ def test_every_requirement_admits_its_pin() -> None:
     pins = [Requirement(line) for line in lines((ROOT / "constraints.txt").read_text())]
     version_of = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pins}
     assert all(re.fullmatch(r"==[0-9.]+(\.post\d+)?", str(pin.specifier)) for pin in pins)
-    for requirement in requirements(extras=("quickstart", "serve", "test", "dev")):
+    for requirement in requirements(extras=("math", "quickstart", "serve", "test", "dev")):
         if requirement.name != "trl-grpo-ext":
             assert requirement.specifier.contains(version_of[canonicalize_name(requirement.name)])
 
@@ -93,7 +93,7 @@ def test_every_package_that_is_imported_is_required() -> None:
     optional = {"vllm", "deepspeed"}
     required = {
         canonicalize_name(requirement.name)
-        for requirement in requirements(extras=("quickstart", "serve"))
+        for requirement in requirements(extras=("math", "quickstart", "serve"))
     }
     distributions = packages_distributions()
     for path in (ROOT / "trl_grpo_ext").rglob("*.py"):
@@ -116,7 +116,9 @@ def imported_roots(path: Path) -> set[str]:
 def test_every_requirement_has_its_reason_in_contributing() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     reasons = set(re.findall(r"^\| `([a-z0-9-]+)` \|", text, re.MULTILINE))
-    named = {requirement.name for requirement in requirements(extras=("quickstart", "serve"))}
+    named = {
+        requirement.name for requirement in requirements(extras=("math", "quickstart", "serve"))
+    }
     assert reasons == named
 
 

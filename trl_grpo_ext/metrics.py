@@ -369,6 +369,61 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         Metric("rewards/<name>/requests", "requests", "Sent."),
         Metric("rewards/<name>/tokens", "tokens", "As the service counted them."),
         Metric("rewards/<name>/cost", "", "Of these tokens, at the price that was given."),
+        Metric(
+            "rewards/<name>/unparsable_gold",
+            "completions",
+            "`math`: those whose gold answer cannot be read, so that they have no score.",
+            "0",
+        ),
+        Metric(
+            "rewards/<name>/timeouts",
+            "completions",
+            "`math`: replies whose comparison took too long; they score 0.",
+            "near 0",
+        ),
+        Metric(
+            "rewards/<name>/crashes",
+            "completions",
+            "`math`: replies that ended their worker process; they score 0.",
+            "0",
+        ),
+        Metric(
+            "rewards/<name>/time_fraction",
+            "share of completions",
+            "`code`: programs that took too long.",
+            "falls",
+        ),
+        Metric(
+            "rewards/<name>/program_fraction",
+            "share of completions",
+            "`code`: programs that ended before their tests did.",
+            "falls",
+        ),
+        Metric(
+            "rewards/<name>/no_program_fraction",
+            "share of completions",
+            "`code`: replies without a program.",
+            "falls",
+        ),
+        Metric(
+            "rewards/<name>/no_tests_fraction",
+            "share of completions",
+            "`code`: rows whose tests cannot be read, so that they have no score.",
+            "0",
+        ),
+        Metric(
+            "rewards/<name>/unjudgeable_fraction",
+            "share of completions",
+            "`code`: rows whose tests hand the program a function, or need a name that nobody "
+            "defines, so that they have no score.",
+            "0",
+        ),
+        Metric(
+            "rewards/<name>/sandbox_fraction",
+            "share of completions",
+            "`code`: programs that the sandbox could not run, so that they have no score.",
+            "0",
+        ),
     ),
     "Tools": (
         Metric("tools/call_frequency", "calls a completion", "Tool calls."),

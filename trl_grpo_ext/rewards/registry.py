@@ -20,8 +20,10 @@ RewardEntry: TypeAlias = "str | Mapping[str, object] | RewardSpec"
 # To add a reward: write its file, add its line here.
 BUILT_IN_REWARDS: Mapping[str, str] = {
     "api": "trl_grpo_ext.rewards.api.reward:APIReward",
+    "code": "trl_grpo_ext.rewards.code.reward:CodeReward",
     "format": "trl_grpo_ext.rewards.format:FormatReward",
     "last_number": "trl_grpo_ext.rewards.number:LastNumberReward",
+    "math": "trl_grpo_ext.rewards.math.reward:MathReward",
     "number_distance": "trl_grpo_ext.rewards.number:NumberDistanceReward",
 }
 

@@ -1,0 +1,1 @@
+"""The reward for programs: run in a sandbox, judged outside of it."""
