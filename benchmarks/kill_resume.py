@@ -66,7 +66,7 @@ class Run:
         return self.output / "result.pt"
 
 
-def make_model(folder: Path, *, width: int) -> Path:
+def make_model(folder: Path, *, width: int, num_layers: int = 2, max_positions: int = 128) -> Path:
     """Write a random Llama, and a tokenizer of single bytes, and return their folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
@@ -83,10 +83,10 @@ def make_model(folder: Path, *, width: int) -> Path:
         vocab_size=len(symbols),
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=max_positions,
         initializer_range=0.1,
         pad_token_id=0,
         eos_token_id=1,

@@ -1,16 +1,17 @@
 """How much of a slow reward service does a training step still wait for?
 
-    python benchmarks/reward_api.py                    # about ten minutes on 2 cores
+    python benchmarks/reward_api.py                    # some ten minutes on 2 cores
     python benchmarks/reward_api.py --steps 1 --json   # does it run; its last line is JSON
 
-A service on this machine answers after 2 seconds (scenario `constant`), or mostly after 1 and
-sometimes after 10 (`tail`). Three trainers ask it for the rewards of 64 completions a step: ours
-with each completion submitted as soon as it is finished, ours that asks when all is generated and
-computed, and plain TRL with an asynchronous reward function. What is measured is the time inside
-the trainer's call of the rewards: with the service in another process, it is all waiting. Model,
-prompts, seed and latencies are the same. The first step of each trainer is left out. Generation and
-the reference take longer than the service here, as they do in earnest; what was measured, and on
-what, stands in docs/benchmarks.md.
+A service on this machine answers after 2 seconds (scenario `constant`), or mostly within 1 and
+sometimes after 5 and more (`tail`). Three trainers ask it for the rewards of 64 completions a step:
+ours with each completion submitted as soon as it is finished, ours that asks when all is generated
+and computed, and plain TRL with an asynchronous reward function. What is measured is the time
+inside the trainer's call of the rewards: with the service in another process, it is all waiting.
+Model, prompts, seed and latencies are the same; the first step of each trainer is left out. The
+model is a random Llama over bytes, in which the reference alone takes longer than 2 seconds on 2
+cores: what finishes last can hide behind nothing else. What was measured, and on what, stands in
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -25,31 +26,31 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx2
 from datasets import Dataset
+from kill_resume import make_model
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
-from trl_grpo_ext.data import TaskArguments, load_task
-from trl_grpo_ext.model_cache import prepare_model
 from trl_grpo_ext.rewards import APIReward
 
-PACKAGED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 COMPLETIONS = 64  # a step
 SCENARIOS = ("constant", "tail")
 ARMS = ("overlap", "no_overlap", "trl")
 LABELS = {"overlap": "ours", "no_overlap": "ours, no overlap", "trl": "TRL, async function"}
 CONSTANT_S = 2.0
-MEDIAN_S, SPREAD, LONGEST_S = 1.0, 1.0, 10.0  # of the tail: a log-normal distribution, cut off
+MEDIAN_S, SPREAD, LONGEST_S = 0.5, 1.0, 10.0  # of the tail: a log-normal distribution, cut off
 
 
 def main() -> None:
@@ -58,7 +59,11 @@ def main() -> None:
     if options.serve:
         serve(options.serve)
         return
-    measured = {scenario: measure(scenario, options) for scenario in options.scenarios}
+    with tempfile.TemporaryDirectory() as scratch:
+        model = options.model or make_model(
+            Path(scratch), width=options.width, num_layers=4, max_positions=512
+        )
+        measured = {scenario: measure(scenario, model, options) for scenario in options.scenarios}
     show(measured)
     if options.json:
         print(json.dumps({**measured[options.scenarios[0]], "scenarios": measured}))
@@ -69,10 +74,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=4, help="that are measured, after the first")
+    parser.add_argument("--steps", type=int, default=2, help="that are measured, after the first")
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
-    parser.add_argument("--max_completion_length", type=int, default=48)
-    parser.add_argument("--model", help="a local folder; SmolLM2-135M-Instruct if not given")
+    parser.add_argument("--max_completion_length", type=int, default=128)
+    parser.add_argument("--width", type=int, default=1280, help="of the random model")
+    parser.add_argument("--model", type=Path, help="a local folder, in the place of random weights")
     parser.add_argument("--json", action="store_true", help="print the result as the last line")
     parser.add_argument("--serve", choices=SCENARIOS, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -148,18 +154,16 @@ def async_reward(url: str) -> Callable[..., Any]:
     """Return what a user of plain TRL writes: all completions asked at once, and awaited."""
     limits = httpx2.Limits(max_connections=COMPLETIONS, max_keepalive_connections=COMPLETIONS)
 
-    async def vowels(*, completions: list[Any], **_: Any) -> list[float]:
+    async def vowels(*, completions: list[str], **_: Any) -> list[float]:
         async with httpx2.AsyncClient(timeout=60.0, limits=limits) as client:
-            texts = [completion[-1]["content"] for completion in completions]
-            asked = [client.post(f"{url}/score", json={"text": text}) for text in texts]
+            asked = [client.post(f"{url}/score", json={"text": text}) for text in completions]
             return [reply.json()["score"] for reply in await asyncio.gather(*asked)]
 
     return vowels
 
 
-def build(arm: str, url: str, data: Dataset, options: argparse.Namespace) -> Any:
+def build(arm: str, url: str, data: Dataset, model: Path, options: argparse.Namespace) -> Any:
     """Return the trainer of an arm."""
-    model = options.model or prepare_model(PACKAGED, source="package")
     is_trl = arm == "trl"
     config = (GRPOConfig if is_trl else ExtGRPOConfig)(
         output_dir=f"outputs/reward_api/{arm}",
@@ -201,23 +205,14 @@ def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., A
     return run
 
 
-def measure(scenario: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(scenario: str, model: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return the median seconds that each arm waits, and what share of it overlap hides."""
-    data = load_task(
-        TaskArguments(
-            dataset="reasoning_gym:chain_sum",
-            dataset_arguments={"size": 1000, "min_terms": 2, "max_terms": 4},
-            system_prompt="You are a calculator.",
-            prompt_template="Explain step by step how to compute {prompt}",
-            rewards=["last_number"],
-            num_eval_prompts=8,
-        )
-    ).train
+    data = Dataset.from_dict({"prompt": [f"{n} squared is {n * n}, and" for n in range(1000)]})
     waited: dict[str, float] = {}
     others: dict[str, float] = {}
     with service(scenario) as url:
         for arm in ARMS:
-            trainer = build(arm, url, data, options)
+            trainer = build(arm, url, data, model, options)
             rewards: list[float] = []
             wholes: list[float] = []
             trainer._calculate_rewards = timed(trainer._calculate_rewards, rewards)

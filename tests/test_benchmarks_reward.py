@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "reward_faults.py"
 
 
@@ -28,3 +30,23 @@ def test_faults_of_the_service_neither_falsify_nor_lose_a_score() -> None:
     assert found["peak_memory_growth_bytes"] < 200 * 2**20
     assert found["down_unscored_fraction"] == 1
     assert found["down_seconds"] < 20
+
+
+@pytest.mark.slow
+def test_overlap_hides_what_a_service_takes() -> None:
+    """With a model that small the work is short, so only that it waits no longer is sure."""
+    ran = subprocess.run(
+        [
+            *(sys.executable, str(SCRIPT.with_name("reward_api.py")), "--json"),
+            *("--steps", "1", "--width", "32", "--max_completion_length", "64"),
+            *("--scenarios", "constant"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found["no_overlap_s"] >= 2.0
+    assert found["trl_s"] >= 2.0
+    assert 0.0 < found["hidden_fraction"] <= 1.0
