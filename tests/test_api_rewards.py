@@ -415,3 +415,17 @@ def test_options_that_cannot_work(tmp_path: Path, options: dict[str, Any], messa
 def test_missing_must_mean_something() -> None:
     with pytest.raises(ConfigurationError, match="`on_missing`='zero' is not known"):
         APIReward("http://127.0.0.1:1", protocol=Lengths(), on_missing="zero")  # type: ignore[arg-type]
+
+
+def test_kept_scores_are_of_their_reward(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A run that goes on with other rewards asks for all of them."""
+    broken = Broken(11)
+    with serving(broken) as service:
+        first = build(tiny_model_dir, tmp_path, reward_of(service))
+        with pytest.raises(RewardOutageError):
+            first.train()
+        broken.left = float("inf")
+        del broken.given[:]
+        rewards = [lambda **columns: vowels(**columns), reward_of(service, log_as="another")]
+        build(tiny_model_dir, tmp_path, rewards).train("last-good")
+    assert len(broken.given) == 16

@@ -42,7 +42,7 @@ class ResumeSeams(RunStateSeams):
         self._boundary: dict[str, Any] | None = None  # as it was then
         self._ahead: dict[str, Any] | None = None  # as it was when it had generated
         self._turns: list[dict[str, Any]] = []  # what was sampled
-        self._scores: list[list[list[Score] | None]] = []  # of what was sampled, a batch each
+        self._scores: list[tuple[list[str], list[list[Score] | None]]] = []  # of what was sampled
         self._in_steps = False  # whether a step of this session has begun
         self._kept_buffer: Any = None  # the generation in use then, or the one ahead
         self._stopped_state: dict[str, Any] | None = None
@@ -221,15 +221,18 @@ class ResumeSeams(RunStateSeams):
     def known_scores(self) -> list[list[Score] | None]:
         """Return the scores that an interrupted run had of the batch that it kept."""
         kept = self._resumed.get("scores") if self._resumed is not None else None
-        known = kept.pop(0) if kept and self._mode == "train" else super().known_scores()
+        known = super().known_scores()
+        if kept and self._mode == "train":
+            names, scores = kept.pop(0)
+            known = scores if names == self.reward_func_names else known
         if self._mode == "train":
-            self._scores.append(known)
+            self._scores.append((list(self.reward_func_names), known))
         return known
 
     def keep_scores(self, scores: list[list[Score] | None]) -> None:
         """Note the scores of the batch, so that a run that stops before it is whole has them."""
         if self._mode == "train":
-            self._scores[-1] = scores
+            self._scores[-1] = self._scores[-1][0], scores
 
     @property
     def _at_boundary(self) -> bool:
