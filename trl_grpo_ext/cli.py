@@ -1,4 +1,4 @@
-"""The command line: ``trl-grpo-ext`` with ``env``, ``plan``, ``recipes`` and rewards over HTTP."""
+"""The command line: ``env``, ``plan``, ``recipes``, ``score`` and reward services."""
 
 from __future__ import annotations
 
@@ -328,6 +328,70 @@ def serve_reward_command(
         serve_reward(settings_of(**given))
     except ExtGRPOError as error:
         raise _failure(str(error)) from error
+
+
+@app.command("score")
+def score_command(
+    *,
+    data: Annotated[
+        Path, typer.Option(help="Completions to score: .jsonl, .json, .csv or .parquet.")
+    ],
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(help="Built-in name, or import path, which runs it; repeat for more."),
+    ] = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the reward at the same place, a JSON object; repeat for more."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Or the rewards of a recipe's YAML.", dir_okay=False)
+    ] = None,
+    prompt_column: Annotated[str, typer.Option(help="With the prompts.")] = "prompt",
+    completion_column: Annotated[
+        str | None,
+        typer.Option(help="With a completion a row or a list of them; completion or completions."),
+    ] = None,
+    answer_column: Annotated[
+        str | None, typer.Option(help="Passed to the rewards as answer, as in a recipe.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub name, for rewards that count tokens.")
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Best and worst ones to show.", min=0)] = 5,
+    output: Annotated[Path | None, typer.Option(help="Write the rows with their scores.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Save the histogram, such as a .png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Score completions in a file, and show how a reward judges before it trains a model."""
+    from trl_grpo_ext.errors import ExtGRPOError
+    from trl_grpo_ext.rewards.score_arguments import rewards_to_score, tokens_by
+    from trl_grpo_ext.rewards.score_file import read_completions, score_completions, with_scores
+    from trl_grpo_ext.rewards.score_rows import check_output, read_rows, write_rows
+    from trl_grpo_ext.rewards.score_show import check_plot, print_scores, save_plot
+
+    try:
+        rewards = rewards_to_score(reward=reward or (), arguments=arguments or (), config=config)
+        check_output(output, data=data)
+        check_plot(plot)
+        found = read_completions(
+            read_rows(data),
+            prompt_column=prompt_column,
+            completion_column=completion_column,
+            answer_column=answer_column,
+        )
+        token_ids = tokens_by(tokenizer)
+        scored = [score_completions(one, found, token_ids=token_ids) for one in rewards]
+        if output is not None:
+            write_rows(output, with_scores(found, scored))
+    except ExtGRPOError as error:
+        raise _failure(str(error)) from error
+    if plot is not None:
+        save_plot(scored, plot)
+    if as_json:
+        typer.echo(json.dumps([one.summary() for one in scored], indent=2))
+    else:
+        print_scores(scored, found, Console(), num_examples=examples)
 
 
 def _summary(path: Path) -> str:

@@ -150,7 +150,7 @@ def load_task(arguments: TaskArguments) -> Task:
         ...     )
         ... )
         >>> task.held_out.num_rows, task.held_out.column_names
-        (4, ['prompt', 'answer'])
+        (4, ['prompt', 'answer', 'reasoning_gym'])
     """
     problems = setting_problems(arguments)
     try:

@@ -15,6 +15,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.rewards.reasoning_gym import COLUMN, scorer_row
 
 REASONING_GYM = "reasoning_gym:"
 FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -46,7 +47,8 @@ def read_sources(
         seed: Draws the questions of a generated task.
 
     Returns:
-        One data set a split; the columns of a generated task are ``prompt`` and ``answer``.
+        One data set a split; the columns of a generated task are ``prompt``, ``answer`` and
+        ``reasoning_gym``, with what the reward of that name needs.
 
     Raises:
         ConfigurationError: It is not there, or cannot be read with these options.
@@ -56,7 +58,7 @@ def read_sources(
         ...     "reasoning_gym:chain_sum", splits=["train"], options={"size": 3}, seed=0
         ... )
         >>> sums.num_rows, sums.column_names
-        (3, ['prompt', 'answer'])
+        (3, ['prompt', 'answer', 'reasoning_gym'])
     """
     if dataset.startswith(REASONING_GYM):
         return [_read_reasoning_gym(dataset, splits=splits, options={"seed": seed, **options})]
@@ -105,12 +107,18 @@ def _read_reasoning_gym(
         items = gym.create_dataset(name, **options)
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigurationError([_refused(name, options, error)]) from error
-    return Dataset.from_list([_reasoning_gym_row(item) for item in items])
+    return Dataset.from_list([_reasoning_gym_row(name, options, item) for item in items])
 
 
-def _reasoning_gym_row(item: Mapping[str, object]) -> dict[str, str]:
+def _reasoning_gym_row(
+    task: str, options: Mapping[str, object], item: Mapping[str, object]
+) -> dict[str, str]:
     answer = item["answer"]
-    return {"prompt": str(item["question"]), "answer": "" if answer is None else str(answer)}
+    return {
+        "prompt": str(item["question"]),
+        "answer": "" if answer is None else str(answer),
+        COLUMN: scorer_row(task, options, item),
+    }
 
 
 def _import_reasoning_gym(dataset: str) -> ModuleType:

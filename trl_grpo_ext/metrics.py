@@ -378,14 +378,26 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         Metric(
             "rewards/<name>/timeouts",
             "completions",
-            "`math`: replies whose comparison took too long; they score 0.",
+            "`math`, `reasoning_gym`: replies that took too long to compare; they score 0.",
             "near 0",
         ),
         Metric(
             "rewards/<name>/crashes",
             "completions",
-            "`math`: replies that ended their worker process; they score 0.",
+            "`math`, `reasoning_gym`: replies that ended their worker process; they score 0.",
             "0",
+        ),
+        Metric(
+            "rewards/<name>/broken_rows",
+            "completions",
+            "`reasoning_gym`: those whose row cannot be scored, so that they have no score.",
+            "0",
+        ),
+        Metric(
+            "rewards/<name>/refused_answers",
+            "completions",
+            "`reasoning_gym`: answers that the task's scorer raises an error on; they score 0.",
+            "falls",
         ),
         Metric(
             "rewards/<name>/time_fraction",

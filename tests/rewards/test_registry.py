@@ -155,9 +155,9 @@ def test_reward_problems_names_the_accepted_arguments_when_one_is_wrong() -> Non
 
 
 def test_reward_problems_names_the_missing_argument_when_a_class_needs_it() -> None:
-    assert problem({"name": "format", "arguments": {"regex": "7"}}) == (
-        "reward 'format' does not accept regex and needs pattern, so it cannot be built. It "
-        "accepts log_as, max_characters, pattern: correct its `arguments` in `rewards`."
+    assert problem({"name": "language", "arguments": {"script": "Latin"}}) == (
+        "reward 'language' does not accept script and needs scripts, so it cannot be built. It "
+        "accepts log_as, scripts: correct its `arguments` in `rewards`."
     )
 
 

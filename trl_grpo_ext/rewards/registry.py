@@ -22,9 +22,13 @@ BUILT_IN_REWARDS: Mapping[str, str] = {
     "api": "trl_grpo_ext.rewards.api.reward:APIReward",
     "code": "trl_grpo_ext.rewards.code.reward:CodeReward",
     "format": "trl_grpo_ext.rewards.format:FormatReward",
+    "language": "trl_grpo_ext.rewards.language:LanguageReward",
     "last_number": "trl_grpo_ext.rewards.number:LastNumberReward",
+    "length": "trl_grpo_ext.rewards.length:LengthReward",
     "math": "trl_grpo_ext.rewards.math.reward:MathReward",
     "number_distance": "trl_grpo_ext.rewards.number:NumberDistanceReward",
+    "reasoning_gym": "trl_grpo_ext.rewards.reasoning_gym:ReasoningGymReward",
+    "repetition": "trl_grpo_ext.rewards.repetition:RepetitionReward",
 }
 
 # Passed to every reward function by TRL 1.16 beside the columns of the dataset.
