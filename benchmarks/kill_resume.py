@@ -278,22 +278,19 @@ def disturb(run: Run, alone: Run, *, kills: int, longest_s: float, seed: int) ->
             run.output.mkdir(exist_ok=True)
             run.began.unlink(missing_ok=True)
             workers = start(run)
-            if done == kills:
-                finish(workers)
-            elif kill(
+            killed = done < kills and kill(
                 run,
                 workers,
                 kind=KINDS[done % len(KINDS)],
                 delay_s=moments.uniform(0.0, longest_s),
-            ):
-                done += 1
-                bar.update()
-            codes = finish(workers)
+            )
+            done += killed
+            bar.update(int(killed))
+            if any(codes := finish(workers)) and not killed:
+                raise SystemExit(f"an attempt ended with {codes}; see {run.output}/log_0.txt")
             for problem in unusable(run):
                 damaged += 1
                 print(problem)
-            if done == kills and any(codes) and not run.began.exists():
-                raise SystemExit(f"an attempt ended with {codes}; see {run.output}/log_0.txt")
     return is_same(alone, run) and same, damaged
 
 

@@ -181,6 +181,29 @@ def test_nothing_is_submitted_without_overlap(tiny_model_dir: Path, tmp_path: Pa
     assert [type(event) for event in observer.events] == [list]
 
 
+def test_the_group_is_that_of_training(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """While it samples, the model is in evaluation mode; its groups may have another size there."""
+    observer = Observer()
+    options = {"num_generations": 8, "num_generations_eval": 4, "max_steps": 1}
+    build(tiny_model_dir, tmp_path, observer, **options).train()
+    places = {event[3] for event in observer.events[:8]}
+    assert places == {str(place) for place in range(8)}
+
+
+def test_columns_of_any_name_reach_a_reward(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Also those that are called like our own arguments."""
+    seen = []
+
+    def noting(*, prompts: list[str], reward: list[int], known: list[int], **_: Any) -> list[float]:
+        seen.extend(zip(prompts, reward, known, strict=True))
+        return [0.0] * len(prompts)
+
+    rows = {"prompt": ["a", "b"], "reward": [1, 2], "known": [3, 4], "gather": [5, 6]}
+    config = ExtGRPOConfig(**settings(tmp_path, max_steps=1))
+    ExtGRPOTrainer(str(tiny_model_dir), noting, config, Dataset.from_dict(rows)).train()
+    assert set(seen) == {("a", 1, 3), ("b", 2, 4)}
+
+
 class GroupObserver(Observer):
     needs_group = True
 
@@ -194,6 +217,19 @@ def test_groups_are_submitted_whole(tiny_model_dir: Path, tmp_path: Path) -> Non
     *submitted, called = observer.events
     groups = [(called[at][0], *(row[1] for row in called[at : at + 4])) for at in (0, 4)]
     assert set(submitted) == set(groups)
+
+
+def test_a_group_reward_need_not_be_early(tiny_model_dir: Path, tmp_path: Path) -> None:
+    class WholeGroups:
+        __name__ = "whole_groups"
+        needs_group = True
+
+        def __call__(self, *, completions: list[str], **_: Any) -> list[float]:
+            return vowels(completions=completions)
+
+    trainer = build(tiny_model_dir, tmp_path, WholeGroups(), max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 # Outages ------------------------------------------------------------------------------------------
@@ -339,11 +375,9 @@ def test_a_completion_that_one_reward_misses(
         rewards = [reward_of(service, on_missing=on_missing), constant]
         trainer = build(tiny_model_dir, tmp_path, rewards, max_steps=1, on_outage="continue")
         trainer.train()
-    for text, advantage in zip(
-        trainer._logs["completion"], trainer._logs["advantages"], strict=True
-    ):
-        if "e" in text and on_missing == "exclude":
-            assert advantage == 0
+    table = zip(trainer._logs["completion"], trainer._logs["advantages"], strict=True)
+    advantages = [advantage for text, advantage in table if "e" in text]
+    assert any(advantages) == (on_missing == "skip")  # there as if the service had said 0
     missed = sum("e" in text for text in trainer._logs["completion"])
     assert 0 < missed < 8
     (entry,) = [e for e in trainer.state.log_history if "reward" in e]
@@ -429,3 +463,51 @@ def test_kept_scores_are_of_their_reward(tiny_model_dir: Path, tmp_path: Path) -
         rewards = [lambda **columns: vowels(**columns), reward_of(service, log_as="another")]
         build(tiny_model_dir, tmp_path, rewards).train("last-good")
     assert len(broken.given) == 16
+
+
+def test_kept_completions_are_of_their_prompts(
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that goes on with other data draws and asks anew."""
+    broken = Broken(11)
+    with serving(broken) as service:
+        with pytest.raises(RewardOutageError):
+            build(tiny_model_dir, tmp_path, reward_of(service)).train()
+        broken.left = float("inf")
+        del broken.given[:]
+        config = ExtGRPOConfig(**settings(tmp_path, output_dir=str(tmp_path)))
+        other = Dataset.from_dict({"prompt": [f"{a} * {a} =" for a in range(8)]})
+        reward = reward_of(service)
+        ExtGRPOTrainer(str(tiny_model_dir), reward, config, other).train("last-good")
+    assert "are of other prompts, so they are drawn and scored anew" in caplog.text
+    assert len(broken.given) == 16
+    assert all("*" in text for text in broken.given)
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "both"])
+def test_what_cannot_be_compared_is_no_outage(
+    tiny_model_dir: Path, tmp_path: Path, decoding: str
+) -> None:
+    """A ranking has nothing to say about a single completion of a prompt."""
+
+    def ranked(asked: Asked) -> Answer:
+        text = asked.payload["messages"][-1]["content"]
+        num_texts = text.count("<response_")
+        content = json.dumps({"ranking": list(range(1, num_texts + 1))})
+        body = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
+        return 200, {}, json.dumps(body).encode()
+
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_decoding": decoding}
+    options |= {"max_steps": 1, "per_device_eval_batch_size": 4}
+    with serving(ranked) as service:
+        judge = APIReward(
+            service.url,
+            protocol="openai_ranking",
+            model="judge",
+            rubric="the first",
+            verdict="json_schema",
+            **FAST,
+        )
+        trainer = build(tiny_model_dir, tmp_path, judge, **options)
+        trainer.train()
+    assert trainer.state.global_step == 1

@@ -143,3 +143,13 @@ def test_an_outage_ends_both_processes_and_the_resume_asks_for_the_rest(
     assert resumed["advantages"] == alone["advantages"]
     for name, weight in alone["weights"].items():
         assert torch.equal(resumed["weights"][name], weight), name
+
+
+def test_a_refusal_to_the_one_that_asks_ends_both(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The first process asks about the group that both have; the second one asks nobody."""
+    asked = {"options": {"num_generations": 8}, "reward": RANKING}
+    with serving(lambda _: (401, {}, b"who are you?")) as service:
+        code, told = launch(tmp_path, tiny_model_dir, "out", service.url, processes=2, **asked)
+    assert code != 0
+    assert told.count("RewardOutageError: After step 0") == 1, told[-3000:]
+    assert "HTTP 401: who are you?" in told

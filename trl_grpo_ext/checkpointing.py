@@ -158,6 +158,7 @@ def rotate(output_dir: Path, *, limit: int | None, best: str | None) -> None:
     for path in oldest:
         nameless = output_dir / UNFINISHED / f"deleted-{path.name}"
         nameless.parent.mkdir(exist_ok=True)
+        shutil.rmtree(nameless, ignore_errors=True)  # of a run that was killed here before
         path.rename(nameless)
         shutil.rmtree(nameless, ignore_errors=True)
         _remove_if_empty(nameless.parent)

@@ -205,11 +205,20 @@ class ResumeSeams(RunStateSeams):
         """Note what was sampled, so that a run that stops before it is scored has it."""
         if self._mode == "train" and self._sampled is not None and self._at_boundary:
             rows = [dataclasses.astuple(completion) for completion in self._sampled]
-            self._turns.append({"completions": rows, "random": random_state()})
+            self._turns.append(
+                {
+                    "prompts": self._sampled_prompts,
+                    "completions": rows,
+                    "random": random_state(),
+                }
+            )
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         turns = self._resumed.get("turns") if self._resumed is not None else None
         if not turns or self._mode != "train" or not self.samples_itself:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        if turns[0].get("prompts") != prompt_ids:
+            self._forget_turns()
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         turn = turns.pop(0)
         self._sampled = [Completion(*row) for row in turn["completions"]]
@@ -218,9 +227,20 @@ class ResumeSeams(RunStateSeams):
         self.keep_completions()
         return [completion.ids for completion in self._sampled], None
 
+    def _forget_turns(self) -> None:
+        """Draw anew what was kept: the data of the run is not what it was."""
+        logger.warning(
+            "The completions that the checkpoint kept are of other prompts, so they are drawn and "
+            "scored anew. The run is not the undisturbed one; give the data that it began with."
+        )
+        assert self._resumed is not None
+        self._resumed["turns"], self._resumed["scores"] = [], []
+        self._known = super().known_scores()
+
     def known_scores(self) -> list[list[Score] | None]:
         """Return the scores that an interrupted run had of the batch that it kept."""
-        kept = self._resumed.get("scores") if self._resumed is not None else None
+        resumed = self._resumed or {}
+        kept = resumed.get("scores") if resumed.get("turns") and self.samples_itself else None
         known = super().known_scores()
         if kept and self._mode == "train":
             names, scores = kept.pop(0)

@@ -40,8 +40,10 @@ class RewardSeams(OwnReference):
         self._num_non_finite: list[int] = []
         self._refusal = ""  # what a service of this process said to a request as such
         self._rows_in_work: list[dict[str, Any]] = []  # of this generation; none: submit nothing
+        self._rows_a_group = 1  # of this generation; while it samples, TRL's mode says "eval"
         self._prompts_in_work: list[list[int]] = []
         self._finished: dict[int, Any] = {}  # completions of this generation
+        self._submitted_groups: set[int] = set()  # of this generation, by their first completion
         self._known: list[list[Score] | None] = []  # their scores: of an interrupted run
         super().__init__(*args, **kwargs)
 
@@ -83,6 +85,8 @@ class RewardSeams(OwnReference):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows_in_work = inputs if self._submits else []
+        self._submitted_groups = set()
+        self._rows_a_group = self._group_size_in_mode
         self._known = self.known_scores() if self.extended else []
         try:
             return cast(dict[str, Any], super()._generate_and_score_completions(inputs))
@@ -103,7 +107,10 @@ class RewardSeams(OwnReference):
 
     def completion_finished(self, index: int, completion: Completion) -> None:
         """Submit a completion of the batch, while others are still sampled."""
-        if self._rows_in_work and any(hasattr(func, "submit") for func in self.reward_funcs):
+        takers = ("submit", "submit_group")
+        if self._rows_in_work and any(
+            hasattr(func, name) for func in self.reward_funcs for name in takers
+        ):
             self._submit(index, self._parsed(index, completion.ids), completion.ids)
 
     def _parsed(self, index: int, ids: list[int]) -> Any:
@@ -121,21 +128,26 @@ class RewardSeams(OwnReference):
         """Hand a completion to each reward that takes it early; once more changes nothing."""
         row, place = self._rows_in_work[index], self._place_in_group(index)
         self._finished[index] = completion
-        group = range(index - place, index - place + self._group_size_in_mode)
+        group = range(index - place, index - place + self._rows_a_group)
         is_whole = all(member in self._finished for member in group)
+        hands_over = is_whole and group.start not in self._submitted_groups
         for reward, known in zip(cast(list[Any], self.reward_funcs), self._known, strict=True):
             if known is not None and known[index] is not None:
                 continue
-            if getattr(reward, "needs_group", False):
-                if is_whole:
-                    completions = [self._finished[member] for member in group]
-                    reward.submit_group(row=row, completions=completions)
-            elif hasattr(reward, "submit"):
-                reward.submit(row=row, completion=completion, completion_ids=ids, group_index=place)
+            if not getattr(reward, "needs_group", False):
+                if hasattr(reward, "submit"):
+                    reward.submit(
+                        row=row, completion=completion, completion_ids=ids, group_index=place
+                    )
+            elif hands_over and hasattr(reward, "submit_group"):
+                completions = [self._finished[member] for member in group]
+                reward.submit_group(row=row, completions=completions)
+        if is_whole:
+            self._submitted_groups.add(group.start)
 
     def _place_in_group(self, index: int) -> int:
         first = self.accelerator.process_index * len(self._rows_in_work)
-        return int((first + index) % self._group_size_in_mode)
+        return int((first + index) % self._rows_a_group)
 
     # Scores ---------------------------------------------------------------------------------------
 
@@ -156,8 +168,8 @@ class RewardSeams(OwnReference):
     def _asked_until_enough(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the rewards of all processes, unless there is an outage that ends the run."""
         known, again = self._known, False
+        self._num_non_finite = [0] * len(self.reward_funcs)
         while True:
-            self._num_non_finite = [0] * len(self.reward_funcs)
             self._refusal = ""
             with self._rewards_that_ask(known, again=again):
                 rewards_BR: Tensor = super()._calculate_rewards(*args, **kwargs)
@@ -166,7 +178,8 @@ class RewardSeams(OwnReference):
                 [s if out else None for s, out in zip(known, self._excluding, strict=True)]
             )
             self.stop_if_asked()
-            if not any(self._excluding) or not self._waits_for_service(rewards_BR):
+            asks_services = any(hasattr(func, "on_missing") for func in self.reward_funcs)
+            if not asks_services or not self._waits_for_service(rewards_BR):
                 return rewards_BR
             again = True
 
@@ -203,29 +216,29 @@ class RewardSeams(OwnReference):
             return lambda **_: known
         if is_asynchronous(func):
             return cast(Callable[..., Any], func)
-        ask: Callable[..., Sequence[Score]] = functools.partial(
-            ask_for_missing, with_stop(func, self.is_asked_to_stop), known
+        reward = with_stop(func, self.is_asked_to_stop)
+        if hasattr(func, "on_missing"):
+            reward = self._refusable(reward)
+        if not getattr(func, "needs_group", False):
+            return lambda **columns: ask_for_missing(reward, known, columns)
+        return lambda **columns: ask_for_whole_groups(
+            reward,
+            known,
+            columns,
+            group_size=self._rows_a_group,
+            process_index=self.accelerator.process_index,
+            gather=gather_object,
         )
-        if getattr(func, "needs_group", False):
-            ask = functools.partial(
-                ask_for_whole_groups,
-                with_stop(func, self.is_asked_to_stop),
-                known,
-                group_size=self._group_size_in_mode,
-                process_index=self.accelerator.process_index,
-                gather=gather_object,
-            )
-        return self._refusable(ask) if excludes(func) else ask
 
-    def _refusable(self, ask: Callable[..., Sequence[Score]]) -> Callable[..., Sequence[Score]]:
+    def _refusable(self, reward: Callable[..., Sequence[Score]]) -> Callable[..., Sequence[Score]]:
         """Have a service's refusal wait until all processes know of it."""
 
-        def refusable(*, prompts: list[Any], **columns: Any) -> Sequence[Score]:
+        def refusable(**columns: Any) -> Sequence[Score]:
             try:
-                return ask(prompts=prompts, **columns)
+                return reward(**columns)
             except RewardRefusedError as error:
                 self._refusal = str(error)
-                return [None] * len(prompts)
+                return [None] * len(columns["prompts"])
 
         return refusable
 
@@ -236,7 +249,7 @@ class RewardSeams(OwnReference):
         return [[None if score != score else score for score in column] for column in columns]
 
     def _count(self, reward: int, num_non_finite: int) -> None:
-        self._num_non_finite[reward] += num_non_finite
+        self._num_non_finite[reward] = max(num_non_finite, self._num_non_finite[reward])
 
     def _log_non_finite(self, rewards_BR: Tensor) -> None:
         """Log how many scores of each reward were NaN or infinite, over all processes."""
@@ -260,11 +273,14 @@ class RewardSeams(OwnReference):
         refusals = [refusal for refusal in gather_object([self._refusal]) if refusal]
         if refusals:
             raise RewardOutageError(refusals[0])
-        _, excluded_B = without_excluded(rewards_BR, excluding=self._excluding)
-        fraction, most = excluded_B.float().mean().item(), self.options.max_unscored_fraction
+        failed = self._num_failed(rewards_BR)
+        fraction, most = (
+            max(failed, default=0) / len(rewards_BR),
+            self.options.max_unscored_fraction,
+        )
         if fraction <= most:
             return False
-        outage = RewardOutageError(self._outage(rewards_BR, fraction))
+        outage = RewardOutageError(self._outage(failed, len(rewards_BR), fraction))
         if self.options.on_outage == "stop":
             raise outage
         waits = self.options.on_outage == "wait"
@@ -275,24 +291,33 @@ class RewardSeams(OwnReference):
             self._pause()
         return waits
 
-    def _outage(self, rewards_BR: Tensor, fraction: float) -> str:
-        """What is missing, and what the services said; the same text on every process."""
-        failures = [getattr(func, "failure", "") for func in self.reward_funcs]
-        said = zip(*gather_object([failures]), strict=True)
-        missing = [
-            f"'{name}' {int(num)}"
-            + "".join(f" ({failure})" for failure in list(dict.fromkeys(filter(None, answers)))[:1])
-            for name, num, answers, excludes in zip(
-                self.reward_func_names,
-                rewards_BR.isnan().sum(dim=0).tolist(),
-                said,
-                self._excluding,
-                strict=True,
+    def _num_failed(self, rewards_BR: Tensor) -> list[int]:
+        """How many completions each reward could not score, though it was to, on all processes.
+
+        A reward without ``num_failed`` was to score each.
+        """
+        missing = rewards_BR.isnan().sum(dim=0).tolist()
+        local = [getattr(func, "num_failed", None) for func in self.reward_funcs]
+        by_process = gather_object([local])
+        return [
+            int(excludes(func)) * (num_missing if None in counts else min(sum(counts), num_missing))
+            for func, num_missing, counts in zip(
+                self.reward_funcs, missing, zip(*by_process, strict=True), strict=True
             )
-            if excludes and num
+        ]
+
+    def _outage(self, failed: list[int], num_completions: int, fraction: float) -> str:
+        """What is missing, and what the services said; the same text on every process."""
+        local = [getattr(func, "failure", "") for func in self.reward_funcs]
+        said = list(zip(*gather_object([local]), strict=True))
+        missing = [
+            f"'{name}' {num}"
+            + "".join(f" ({failure})" for failure in list(dict.fromkeys(filter(None, answers)))[:1])
+            for name, num, answers in zip(self.reward_func_names, failed, said, strict=True)
+            if num
         ]
         return (
-            f"{fraction:.0%} of the {len(rewards_BR)} completions of a batch have no score, more "
+            f"{fraction:.0%} of the {num_completions} completions of a batch have no score, more "
             f"than `max_unscored_fraction` ({self.options.max_unscored_fraction:g}). Missing: "
             f"{', '.join(missing)}. What was not scored says nothing about the policy, so the "
             "batch is not trained on."

@@ -62,22 +62,24 @@ def without_excluded(rewards_BR: Tensor, *, excluding: Sequence[bool]) -> tuple[
 def ask_for_missing(
     reward: Callable[..., Sequence[Score]],
     known: Sequence[Score] | None,
+    columns: Columns,
     *,
     group_size: int = 1,
-    **columns: Any,
 ) -> Sequence[Score]:
     """Return the scores, calling the reward with only those completions that have none yet.
+
+    A call with a part of the batch logs no columns of its table (``log_extra``).
 
     Args:
         reward: Called with the rows that have no score.
         known: The scores that are there; ``None`` if nothing was scored yet.
-        group_size: Rows that are scored together: if one is missing, all of them are asked for.
         columns: As in a call of a reward: lists hold a value a row, all else is passed on.
+        group_size: Rows that are scored together: if one is missing, all of them are asked for.
 
     Example:
         >>> def lengths(completions, **columns):
         ...     return [float(len(text)) for text in completions]
-        >>> ask_for_missing(lengths, [9.0, None], completions=["a", "bb"])
+        >>> ask_for_missing(lengths, [9.0, None], {"completions": ["a", "bb"]})
         [9.0, 2.0]
     """
     if known is None:
@@ -85,8 +87,10 @@ def ask_for_missing(
     scores = list(known)
     rows = _rows_to_ask(scores, group_size)
     if rows:
-        found = reward(**take(columns, rows, num_rows=len(scores)))
-        for row, score in zip(rows, found, strict=True):
+        part = take(columns, rows, num_rows=len(scores))
+        if len(rows) < len(scores) and "log_extra" in part:
+            part["log_extra"] = _log_nothing
+        for row, score in zip(rows, reward(**part), strict=True):
             scores[row] = score
     return scores
 
@@ -113,3 +117,7 @@ def with_stop(reward: Callable[..., Any], should_stop: Callable[[], bool]) -> Ca
 def _rows_to_ask(scores: Sequence[Score], group_size: int) -> list[int]:
     groups = {row // group_size for row, score in enumerate(scores) if score is None}
     return [row for row in range(len(scores)) if row // group_size in groups]
+
+
+def _log_nothing(column: str, values: Sequence[Any]) -> None:
+    """Stand in for TRL's ``log_extra``, which takes a value for each completion of the batch."""

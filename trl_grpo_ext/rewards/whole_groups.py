@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trl_grpo_ext.rewards.missing import ask_for_missing
+from trl_grpo_ext.rewards.missing import Columns, ask_for_missing
 from trl_grpo_ext.rewards.scores import Score
 
 
 def ask_for_whole_groups(
     reward: Callable[..., Sequence[Score]],
     known: Sequence[Score] | None,
+    columns: Columns,
     *,
     group_size: int,
     process_index: int,
     gather: Callable[[list[Any]], list[Any]],
-    prompts: list[Any],
-    **columns: Any,
 ) -> Sequence[Score]:
     """Return the scores of this process's completions, each compared with its whole group.
 
@@ -27,16 +26,14 @@ def ask_for_whole_groups(
     Args:
         reward: Called once, with whole groups; with empty lists where this process has none.
         known: As in :func:`~trl_grpo_ext.rewards.missing.ask_for_missing`.
+        columns: As in a call of a reward; as many rows on each process.
         group_size: Completions a prompt; they stand together in the order of the processes.
         process_index: Of this process.
         gather: Returns the lists of all processes, joined in their order.
-        prompts: One a completion of this process; as many on each.
-        columns: As in a call of a reward.
     """
-    num_local = len(prompts)
-    columns["prompts"] = prompts
+    num_local = len(columns["prompts"])
     if num_local % group_size == 0:
-        return ask_for_missing(reward, known, group_size=group_size, **columns)
+        return ask_for_missing(reward, known, columns, group_size=group_size)
     lists = {
         name: values
         for name, values in columns.items()
@@ -53,8 +50,8 @@ def ask_for_whole_groups(
     found = ask_for_missing(
         reward,
         None if known is None else scores_known,
+        {**columns, **dict(zip(lists, values, strict=True))},
         group_size=group_size,
-        **columns | dict(zip(lists, values, strict=True)),
     )
     shared = dict(gather(list(zip(owned, found, strict=True))))
     return [shared[process_index * num_local + row] for row in range(num_local)]

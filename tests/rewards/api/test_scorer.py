@@ -27,13 +27,15 @@ class Service:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
+        self.breaks = True
 
     async def __call__(self, request: httpx2.Request) -> httpx2.Response:
         payload = json.loads(request.content)
         self.texts += payload["texts"]
         await asyncio.sleep(1.0)
         status = 401 if "|refuse" in payload["texts"][0] else 200
-        status = 503 if "|break" in payload["texts"][0] else status
+        breaks = self.breaks and "break" in payload["texts"][0]
+        status = 503 if breaks else status
         body = json.dumps(lengths(payload)).encode()
         return httpx2.Response(status, stream=httpx2.ByteStream(body))
 
@@ -198,3 +200,15 @@ def test_votes_of_a_sampled_judge_are_kept_apart(tmp_path: Path) -> None:
         assert scores(service, items("a"), protocol=sampled, cache=cache) == [1]
     assert service.texts == ["p|a", "p|a"]
     cache.close()
+
+
+def test_what_failed_early_is_asked_again_when_it_is_collected() -> None:
+    service = Service()
+
+    async def work(scorer: Scorer) -> list[float | None]:
+        await scorer.submit([Item("p", "late break")])
+        await asyncio.sleep(60)  # both attempts are over
+        service.breaks = False
+        return (await scorer.collect(items("late break"))).scores
+
+    assert with_scorer(work, service=service) == [10.0]

@@ -40,7 +40,7 @@ def batch_items(
     return [
         Item(prompt, completion_text(completion), row, group)
         for prompt, completion, row, group in zip(
-            prompts, completions, rows, _groups(prompts), strict=True
+            prompts, completions, rows, _groups(list(zip(prompts, rows, strict=True))), strict=True
         )
     ]
 
@@ -51,16 +51,16 @@ def row_item(row: Mapping[str, Any], completion: Completion) -> Item:
     return Item(row["prompt"], completion_text(completion), columns)
 
 
-def _groups(prompts: Sequence[Any]) -> list[int]:
-    """Return a number for each run of equal prompts: TRL puts the completions of one together.
+def _groups(rows: Sequence[Any]) -> list[int]:
+    """Return a number for each run of equal rows: TRL puts the completions of one together.
 
     Example:
         >>> _groups(["a", "a", "b", "a"])
         [0, 0, 1, 2]
     """
     groups: list[int] = []
-    for at, prompt in enumerate(prompts):
-        is_new = at > 0 and prompt != prompts[at - 1]
+    for at, row in enumerate(rows):
+        is_new = at > 0 and row != rows[at - 1]
         groups.append((groups[-1] if groups else 0) + is_new)
     return groups
 

@@ -53,7 +53,9 @@ class APIReward:
 
     Attributes:
         statistics: Figures of the last call.
-        failure: Why it left completions without a score; empty if it did not.
+        failure: Why requests of it had no scores; empty if all had.
+        num_failed: Completions without a score because of that. Those that were not asked about,
+            or that the service said it cannot score, are not among them.
         needs_group: Whether the protocol compares the completions of a prompt, so that all of them
             must be in one call.
 
@@ -86,7 +88,7 @@ class APIReward:
         self.on_missing = on_missing
         self.needs_group = bool(getattr(self.protocol, "is_relative", False))
         self.statistics = RewardStatistics()
-        self.failure = ""
+        self.failure, self.num_failed = "", 0
         self.required_columns = frozenset(getattr(self.protocol, "required_columns", ()))
         self.__name__ = log_as or _free_name(_protocol_name(self.protocol))
         self._session: Session | None = None
@@ -203,8 +205,8 @@ class APIReward:
     def _note_failure(self, scored: Scored) -> None:
         """Keep why completions have no score, and warn."""
         failures = Counter(answer.failure for answer in scored.answers if answer.failure)
-        num_unscored = sum(score is None for score in scored.scores)
-        self.failure = failures.most_common(1)[0][0] if failures and num_unscored else ""
+        self.num_failed = scored.num_failed
+        self.failure = failures.most_common(1)[0][0] if failures and self.num_failed else ""
         if not self.failure:
             return
         logger.warning(
@@ -212,7 +214,7 @@ class APIReward:
             "%s). They are left out of the advantages, not scored 0. Check the service, or raise "
             "`max_attempts` or `deadline_s`.",
             self.__name__,
-            num_unscored,
+            self.num_failed,
             len(scored.scores),
             self.address,
             self.statistics.requests,

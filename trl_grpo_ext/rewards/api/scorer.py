@@ -16,10 +16,17 @@ from trl_grpo_ext.rewards.scores import Score
 
 @dataclass(frozen=True)
 class Scored:
-    """The scores of a batch, and what became of its requests."""
+    """The scores of a batch, and what became of its requests.
+
+    Attributes:
+        scores: In the order of the items.
+        answers: To the requests, each once.
+        num_failed: Items without a score that a request without an answer asked about.
+    """
 
     scores: list[Score]
     answers: list[Answer]
+    num_failed: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,12 @@ class _Early:
 
     since: float  # [s] on the loop's clock
     copies: dict[Hashable, list[_Job]] = field(default_factory=dict)
+
+    @property
+    def has_copy(self) -> bool:
+        """Whether there is one to collect; one that failed meanwhile is to be asked for again."""
+        self.copies = {copy: jobs for copy, jobs in self.copies.items() if not _failed(jobs)}
+        return bool(self.copies)
 
     def take(self, *, once: bool) -> list[_Job]:
         """Return the jobs of the first copy; if ``once``, the next call gets another copy's."""
@@ -116,7 +129,12 @@ class Scorer:
         answered = [(job.request, _answer(job.task)) for job in jobs]
         replies = [(request, answer.reply) for request, answer in answered if answer.reply]
         scores = mean_scores(replies, num_items=len(items))
-        return Scored(scores=scores, answers=[_answer(task) for task in tasks])
+        failed = {at for request, answer in answered if answer.failure for at in request.indices}
+        return Scored(
+            scores=scores,
+            answers=[_answer(task) for task in tasks],
+            num_failed=sum(scores[at] is None for at in failed),
+        )
 
     def give_up(self) -> None:
         """Cancel what is under way: what was asked for is collected with the scores there are."""
@@ -143,7 +161,7 @@ class Scorer:
         jobs, rest, used = [], [], set()
         for positions in self._units(items):
             key = self._key(self._protocol.requests([items[at] for at in positions]))
-            if (early := self._early.get(key)) is None or not early.copies:
+            if (early := self._early.get(key)) is None or not early.has_copy:
                 rest += positions
                 continue
             used.add(key)
@@ -227,6 +245,14 @@ async def _finish(tasks: set[asyncio.Task[Answer]]) -> None:
     for task in done:
         if not task.cancelled() and (error := task.exception()):
             raise error
+
+
+def _failed(jobs: Sequence[_Job]) -> bool:
+    tasks = [job.task for job in jobs]
+    return any(
+        task.done() and (task.cancelled() or (not task.exception() and task.result().failure))
+        for task in tasks
+    )
 
 
 def _answer(task: asyncio.Task[Answer]) -> Answer:

@@ -73,7 +73,6 @@ class Session:
             while should_stop is not None and not wait([future], timeout=POLL_S).done:
                 if should_stop():
                     self._loop.call_soon_threadsafe(self._scorer.give_up)
-                    should_stop = None
             return future.result()
         finally:
             future.cancel()
