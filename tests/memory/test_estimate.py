@@ -151,8 +151,11 @@ def test_estimate_run_trains_an_adapter_on_each_linear_layer_in_float32() -> Non
 def test_estimate_run_counts_8_bit_moments_as_bitsandbytes_stores_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # transformers' trainer, in tests before, asks for 32 bits by the id of a parameter; ids return.
-    monkeypatch.setattr(bnb.optim.GlobalOptimManager.get_instance(), "pid2config", {})
+    # transformers' trainer, in tests before, asks for 32 bits by the id of a parameter, and ids
+    # return; and by its place in an optimizer, which is that of ours.
+    manager = bnb.optim.GlobalOptimManager.get_instance()
+    for kept in ("pid2config", "index2config"):
+        monkeypatch.setattr(manager, kept, {})
     shape = model_shape(LlamaConfig(**{**CONFIG.to_dict(), "hidden_size": 256, "vocab_size": 64}))
     parameter = torch.nn.Parameter(torch.randn(64, 256))
     optimizer = bnb.optim.AdamW8bit([parameter])
