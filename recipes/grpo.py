@@ -30,6 +30,7 @@ from trl_grpo_ext.recipe import (
     Recipe,
     compare_replies,
     minutes_since_start,
+    refuse_outage,
     run_recipe,
 )
 from trl_grpo_ext.report import library_versions, write_report
@@ -43,10 +44,10 @@ def run(recipe: Recipe) -> int:
     before = measure(trainer, recipe, task)
     trainer.accelerator.print(f"Accuracy before: {before}")
     trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
-    after = measure(trainer, recipe, task)
-    trainer.accelerator.print(f"Accuracy after: {after}")
     output_dir = Path(recipe.training.output_dir)
     trainer.save_model(str(output_dir))
+    after = measure(trainer, recipe, task)
+    trainer.accelerator.print(f"Accuracy after: {after}")
     if trainer.accelerator.is_main_process:
         report = write_report(
             output_dir,
@@ -99,7 +100,7 @@ def measure(trainer: ExtGRPOTrainer, recipe: Recipe, task: Task) -> Accuracy:
     Of no prompt where FSDP or DeepSpeed shards the weights: `eval_strategy` measures there.
     """
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    return evaluate_accuracy(
+    accuracy = evaluate_accuracy(
         trainer.model,
         trainer.processing_class,
         task.held_out.select([]) if sharded else task.held_out,
@@ -111,6 +112,8 @@ def measure(trainer: ExtGRPOTrainer, recipe: Recipe, task: Task) -> Accuracy:
         chat_template_kwargs=recipe.training.chat_template_kwargs,
         accelerator=trainer.accelerator,
     )
+    refuse_outage(accuracy, trainer.reward_funcs[0], most=recipe.training.max_unscored_fraction)
+    return accuracy
 
 
 def summary(

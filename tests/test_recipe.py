@@ -326,3 +326,16 @@ def test_a_run_leaves_no_key_behind(
     for text in told:
         for form in written:
             assert form.encode() not in text
+
+
+def test_an_accuracy_without_scores_is_refused(write: Any, tmp_path: Path) -> None:
+    """Before training, so that nothing is lost; afterwards the model is saved already."""
+    with serving(lambda _: (503, {}, b"")) as service:
+        options = {"protocol": "openrlhf", "backoff_s": 0.001, "max_attempts": 2}
+        reward = {"name": "api", "arguments": {"base_url": service.url, **options}}
+        dry, done = run([*write(rewards=[reward]), "--dry_run"]), run(write(rewards=[reward]))
+    assert "Not asked: the reward services" in dry.stdout
+    assert done.returncode == 1
+    assert "has no score for 8 of the 8 replies" in done.stderr
+    assert "(HTTP 503)" in done.stderr
+    assert "step 1/2" not in done.stdout

@@ -134,9 +134,8 @@ def last_good_checkpoint(output_dir: Path) -> Path | None:
         return None
     listed = "; ".join(f"{path.name}: {problem}" for path, problem in problems.items())
     raise CheckpointError(
-        f"no checkpoint in {output_dir} is whole ({listed}). To go on from one of them all the "
-        "same, name its folder in `resume_from_checkpoint`; to start anew, use another "
-        "`output_dir`."
+        f"no checkpoint in {output_dir} is whole ({listed}). Put one back from a "
+        "copy, such as that on the Hub; or start anew with another `output_dir`."
     )
 
 
@@ -158,7 +157,8 @@ def rotate(output_dir: Path, *, limit: int | None, best: str | None) -> None:
     for path in oldest:
         nameless = output_dir / UNFINISHED / f"deleted-{path.name}"
         nameless.parent.mkdir(exist_ok=True)
-        shutil.rmtree(nameless, ignore_errors=True)  # of a run that was killed here before
+        if nameless.exists():  # of a run that was killed here before
+            shutil.rmtree(nameless)
         path.rename(nameless)
         shutil.rmtree(nameless, ignore_errors=True)
         _remove_if_empty(nameless.parent)

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ from trl import ModelConfig, TrlParser
 from trl_grpo_ext.checkpointing import LAST_GOOD
 from trl_grpo_ext.config import ExtGRPOConfig
 from trl_grpo_ext.data import Task, TaskArguments, load_task, task_problems
-from trl_grpo_ext.errors import ConfigurationError, ExtGRPOError
+from trl_grpo_ext.errors import ConfigurationError, ExtGRPOError, RewardOutageError
 from trl_grpo_ext.evaluation import Accuracy
 from trl_grpo_ext.memory import MemoryEstimate, available_memory_bytes, estimate_memory
 from trl_grpo_ext.memory import ReferenceKind as MemoryReference
@@ -30,6 +30,7 @@ from trl_grpo_ext.model_cache import load_model_config, model_problems
 from trl_grpo_ext.peers import is_told_elsewhere
 from trl_grpo_ext.reference.options import ReferenceSettings
 from trl_grpo_ext.report import Example
+from trl_grpo_ext.rewards.missing import excludes
 
 _NUM_EXAMPLES = 6
 _LAUNCHER_THREADS = "1"  # what `accelerate launch` sets OMP_NUM_THREADS to unless told otherwise
@@ -147,6 +148,29 @@ def run_recipe(run: Callable[[Recipe], int], argv: Sequence[str] | None = None) 
         return 1
 
 
+def refuse_outage(accuracy: Accuracy, reward: object, *, most: float) -> None:
+    """Refuse an accuracy for which a service left too much without a score.
+
+    Args:
+        accuracy: As measured with the reward.
+        reward: The first one of the recipe.
+        most: The largest share that may be missing.
+
+    Raises:
+        RewardOutageError: more is missing.
+    """
+    num_missing = sum(score is None for score in accuracy.scores)
+    if not excludes(reward) or num_missing <= most * len(accuracy.scores):
+        return
+    name, failure = getattr(reward, "__name__", "reward"), getattr(reward, "failure", "")
+    raise RewardOutageError(
+        f"the reward '{name}' has no score for {num_missing} of the {len(accuracy.scores)} replies "
+        f"by which accuracy is measured{f' ({failure})' if failure else ''}, so it would say "
+        "nothing. See that the service answers (`trl-grpo-ext check-reward`), and run the same "
+        f"again, with `resume_from_checkpoint: {LAST_GOOD}` if it had trained."
+    )
+
+
 def check_recipe(recipe: Recipe) -> str:
     """Return what ``--dry_run`` prints: the task, and the memory that the run will need.
 
@@ -168,9 +192,19 @@ def check_recipe(recipe: Recipe) -> str:
             estimate.to_table(),
             f"available now: {available / 2**30:.1f} GiB, so it {verdict}.",
             "Not counted: adapters (LoRA), a 4-bit policy, sharding over processes, vLLM.",
-            "Dry run: everything was checked, no model was loaded.",
+            *_not_asked(recipe),
+            "Dry run: the rest was checked, no model was loaded."
+            if _not_asked(recipe)
+            else "Dry run: everything was checked, no model was loaded.",
         ]
     )
+
+
+def _not_asked(recipe: Recipe) -> list[str]:
+    names = [r.get("name") if isinstance(r, Mapping) else r for r in recipe.task.rewards]
+    if "api" not in names:
+        return []
+    return ["Not asked: the reward services (`trl-grpo-ext check-reward --config ...` does that)."]
 
 
 def estimate_run_memory(recipe: Recipe, task: Task) -> MemoryEstimate:

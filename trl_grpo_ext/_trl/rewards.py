@@ -285,7 +285,7 @@ class RewardSeams(OwnReference):
             raise outage
         waits = self.options.on_outage == "wait"
         if self.is_world_process_zero():
-            then = "Asking again until it answers" if waits else "Training on the other completions"
+            then = "Asking again until it answers" if waits else "Training on what has a score"
             logger.warning(f"{outage} {then} (`on_outage: {self.options.on_outage}`).")
         if waits:
             self._pause()
@@ -319,8 +319,7 @@ class RewardSeams(OwnReference):
         return (
             f"{fraction:.0%} of the {num_completions} completions of a batch have no score, more "
             f"than `max_unscored_fraction` ({self.options.max_unscored_fraction:g}). Missing: "
-            f"{', '.join(missing)}. What was not scored says nothing about the policy, so the "
-            "batch is not trained on."
+            f"{', '.join(missing)}. What was not scored says nothing about the policy."
         )
 
     def _pause(self) -> None:

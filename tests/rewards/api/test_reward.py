@@ -93,7 +93,7 @@ def test_outage_is_none_and_said_in_the_log(caplog: pytest.LogCaptureFixture) ->
     (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("trl_grpo_ext")]
     assert "reward 'helpful' got no score for 2 of 2 completions from http://127.0.0.1" in message
     assert "(mostly: HTTP 503)" in message
-    assert "not scored 0" in message
+    assert "Their score is None, not 0." in message
     assert reward.statistics.unscored_fraction == 1
     assert reward.statistics.retries == 2
 

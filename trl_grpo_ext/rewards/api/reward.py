@@ -211,7 +211,7 @@ class APIReward:
             return
         logger.warning(
             "reward '%s' got no score for %d of %d completions from %s after %d requests (mostly: "
-            "%s). They are left out of the advantages, not scored 0. Check the service, or raise "
+            "%s). Their score is None, not 0. Check the service, or raise "
             "`max_attempts` or `deadline_s`.",
             self.__name__,
             self.num_failed,
