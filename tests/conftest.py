@@ -19,10 +19,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the test processes share the cores
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from tiny import build_tiny_tokenizer, save_tiny_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+# The same examples in every run, without time limits. What searches for others:
+# `pytest --hypothesis-profile=default`.
+hypothesis.settings.load_profile("ci")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
