@@ -15,6 +15,7 @@ from trl_grpo_ext.advantages import (
     group_advantages,
     informative_groups,
     multi_reward_advantages,
+    step_advantages,
     weighted_reward,
 )
 
@@ -299,3 +300,66 @@ def test_informative_groups_refuses_what_is_out_of_range() -> None:
             informative_groups(
                 torch.zeros(4, 1), group_size=2, weights_R=torch.ones(3), aggregation=aggregation
             )
+
+
+# Steps --------------------------------------------------------------------------------------------
+
+step_rows = st.lists(
+    st.lists(st.floats(-3, 3, width=32) | st.just(NAN), min_size=5, max_size=5),
+    min_size=2,
+    max_size=6,
+).filter(lambda rows: len(rows) % 2 == 0)
+
+
+def test_step_advantages_by_hand() -> None:
+    # Rewards 1, 0 and 2: mean 1, sample deviation 1. Completion 0: 0 at its first step, -1 at its
+    # second; its first step also earns what follows.
+    rewards = torch.tensor([[NAN, 1.0, NAN, 0.0, NAN], [NAN, NAN, 2.0, NAN, NAN]])
+    expected = torch.tensor([[-1.0, -1.0, -1.0, -1.0, 0.0], [1.0, 1.0, 1.0, 0.0, 0.0]])
+    torch.testing.assert_close(step_advantages(rewards, group_size=2, eps=0.0), expected)
+
+
+def test_step_advantages_divides_by_the_deviation_of_the_batch() -> None:
+    # Steps 1, 0, 2 and 4, 4: means 1 and 4; all five: mean 2.2,
+    # squares 1.44 + 4.84 + 0.04 + 3.24 + 3.24 = 12.8, over 4 = 3.2.
+    rewards = torch.tensor([[1.0, 0.0], [NAN, 2.0], [4.0, NAN], [NAN, 4.0]])
+    expected = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]) / math.sqrt(3.2)
+    result = step_advantages(rewards, group_size=2, scale="batch", eps=0.0)
+    torch.testing.assert_close(result, expected)
+
+
+def test_step_advantages_of_what_was_not_scored_are_zero() -> None:
+    rewards = torch.tensor([[NAN, NAN], [NAN, 7.0], [1.0, NAN], [3.0, NAN], [NAN, NAN], [NAN, NAN]])
+    result = step_advantages(rewards, group_size=2, scale="none")
+    assert result.tolist() == [[0, 0], [0, 0], [-1, 0], [1, 0], [0, 0], [0, 0]]
+
+
+def test_step_advantages_of_one_step_each_are_those_of_the_outcome() -> None:
+    rewards = torch.tensor([0.3, 0.9, 0.1, 0.5])
+    steps = torch.full((4, 3), NAN)
+    steps[:, 2] = rewards
+    expected = group_advantages(rewards, group_size=2)[:, None].expand(4, 3)
+    torch.testing.assert_close(step_advantages(steps, group_size=2), expected)
+
+
+@given(step_rows)
+def test_step_advantages_equal_a_loop_over_steps(rows: list[list[float]]) -> None:
+    result = step_advantages(torch.tensor(rows, dtype=torch.float64), group_size=2, eps=0.1)
+    for first in range(0, len(rows), 2):
+        pair = rows[first : first + 2]
+        scores = [score for row in pair for score in row if score == score]
+        spread = len(set(scores)) > 1
+        mean = statistics.fmean(scores) if scores else 0.0
+        deviation = statistics.stdev(scores) if spread else 1.0
+        for offset, row in enumerate(pair):
+            for token in range(len(row)):
+                following = [score for score in row[token:] if score == score]
+                expected = sum((score - mean) / (deviation + 0.1) for score in following)
+                found = result[first + offset, token].item()
+                assert math.isclose(found, expected * spread, rel_tol=1e-6, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "size"), [((4,), 2), ((3, 2), 2), ((4, 2), 1)])
+def test_step_advantages_refuses_shapes(shape: tuple[int, ...], size: int) -> None:
+    with pytest.raises(ValueError, match=r"shape|groups|group_size"):
+        step_advantages(torch.zeros(shape), group_size=size)

@@ -123,6 +123,7 @@ def test_functional_offers_the_names_of_a_training_loop() -> None:
         "group_sample",
         "grpo_loss",
         "multi_reward_advantages",
+        "step_advantages",
         "token_logprobs",
     ]
     assert all(callable(getattr(functional, name)) for name in functional.__all__)

@@ -1,8 +1,8 @@
 """Group-relative advantages: pure functions from rewards to advantages.
 
 Shapes: ``B`` completions of the global batch (= ``P`` x ``G``), ``P`` prompts, ``G`` group size,
-``R`` reward functions. Rows ``p*G .. p*G+G-1`` are the completions of prompt ``p``. NaN marks a
-reward that was not given.
+``R`` reward functions, ``T`` tokens of a completion, ``S`` = ``G`` x ``T``. Rows
+``p*G .. p*G+G-1`` are the completions of prompt ``p``. NaN marks a reward that was not given.
 """
 
 from __future__ import annotations
@@ -133,6 +133,60 @@ def multi_reward_advantages(
             summed_B, group_size=group_size, baseline=baseline, scale=scale, eps=eps, clip=clip
         ).to(rewards_BR.dtype)
     return _clipped(_normalize_then_sum(rewards_BR, weights_R, group_size, baseline, eps), clip)
+
+
+def step_advantages(
+    step_rewards_BT: Tensor,
+    *,
+    group_size: int,
+    scale: RewardScale = "group",
+    eps: float = STD_EPS,
+) -> Tensor:
+    r"""Return what each token's step and the steps after it earned, against the group's steps.
+
+    .. math:: A_{g,t} = \sum_{j:\, e_{g,j} \ge t}
+        \frac{r_{g,j} - \mathrm{mean}(R)}{\mathrm{std}(R) + \epsilon}
+
+    :math:`R` are the rewards of all steps of all completions of the group, and :math:`e_{g,j}` is
+    the last token of step :math:`j` of completion :math:`g`. The arithmetic is done in float64.
+
+    Args:
+        step_rewards_BT: Shape ``(B, T)``, reward units: the reward of a step at its last token, NaN
+            at all other tokens. A row of NaN is a completion that was not scored.
+        group_size: ``G``, at least 2.
+        scale: What to divide by: the deviation of the steps of the ``"group"`` [1], of those of the
+            ``"batch"``, or ``"none"``.
+        eps: Added to the deviation, reward units, not negative.
+
+    Returns:
+        Shape ``(B, T)``, dtype and device of the input; dimensionless, or reward units for
+        ``"none"``. Exactly 0 after the last step, throughout a completion without scores, and
+        throughout a group whose steps are all equal, or of which fewer than two were scored.
+
+    Raises:
+        ValueError: a shape, ``group_size``, ``scale`` or ``eps`` is out of its range.
+
+    References:
+        [1] Shao et al. 2024, DeepSeekMath, section 4.1.3, arXiv:2402.03300.
+
+    Example:
+        >>> nan = float("nan")  # two steps of rewards 1 and 0, against one step of reward 2
+        >>> rewards = torch.tensor([[nan, 1.0, 0.0], [nan, nan, 2.0]])
+        >>> step_advantages(rewards, group_size=2, scale="none")
+        tensor([[-1., -1., -1.],
+                [ 1.,  1.,  1.]])
+    """
+    if step_rewards_BT.dim() != 2:
+        raise ValueError(
+            f"`step_rewards_BT` has shape {tuple(step_rewards_BT.shape)}; "
+            "pass (completions, tokens)."
+        )
+    _check(len(step_rewards_BT), group_size, scale=scale, eps=eps)
+    rewards_PS = step_rewards_BT.double().reshape(-1, group_size * step_rewards_BT.shape[1])
+    earned_PS = _centred(rewards_PS, "mean") / _scale(rewards_PS, scale, eps)
+    earned_PS = earned_PS.masked_fill(_silent(rewards_PS)[:, None], 0.0).nan_to_num(nan=0.0)
+    earned_BT = earned_PS.view(step_rewards_BT.shape)
+    return earned_BT.flip(1).cumsum(dim=1).flip(1).to(step_rewards_BT.dtype)
 
 
 def informative_groups(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from trl.trainer.grpo_config import GRPOConfig
 
@@ -162,7 +163,10 @@ class ExtGRPOConfig(ExtensionOptions, GRPOConfig):
         ('k3', 10.0)
     """
 
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "reward_gates", "reward_clip"]  # noqa: RUF012
+
     def __post_init__(self) -> None:
+        self.reward_gates, self.reward_clip = map(_read_json, (self.reward_gates, self.reward_clip))
         problems = list(configuration_problems(self))
         group_problem = _group_problem(self)
         try:
@@ -364,6 +368,14 @@ def _group_problem(config: GRPOConfig) -> str | None:
         f"the generation batch of {batch} completions ({made_of}), so a group would be split. "
         f"Use {', '.join(divisors) or 'a larger batch'}, or change the batch size."
     )
+
+
+def _read_json(value: Any) -> Any:
+    """Return a mapping that was written on the command line; all else as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        return value  # which `configuration_problems` refuses
 
 
 def _named(names: list[str]) -> str:

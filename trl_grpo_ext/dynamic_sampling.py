@@ -144,7 +144,7 @@ def rows_of_groups(groups_P: Tensor, *, group_size: int) -> Tensor:
     return (groups_P[:, None] * group_size + torch.arange(group_size)).flatten()
 
 
-def join_rows(parts: Sequence[Rows], *, padding: Mapping[str, int]) -> Rows:
+def join_rows(parts: Sequence[Rows], *, padding: Mapping[str, float]) -> Rows:
     """Return the rows of all parts, one below the other, padded to the widest.
 
     Args:
@@ -162,7 +162,7 @@ def join_rows(parts: Sequence[Rows], *, padding: Mapping[str, int]) -> Rows:
     return joined
 
 
-def _widened(values: Tensor, width: int, name: str, padding: int) -> Tensor:
+def _widened(values: Tensor, width: int, name: str, padding: float) -> Tensor:
     missing = width - values.shape[1]
     sides = (missing, 0) if name in PADDED_LEFT else (0, missing)
     return functional.pad(values, sides, value=padding)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_grpo_ext.advantages import group_advantages, multi_reward_advantages
+from trl_grpo_ext.advantages import group_advantages, multi_reward_advantages, step_advantages
 from trl_grpo_ext.losses import grpo_loss
 from trl_grpo_ext.rewards.scores import checked_scores
 from trl_grpo_ext.sampling import group_sample, token_logprobs
@@ -24,6 +24,7 @@ __all__ = [
     "group_sample",
     "grpo_loss",
     "multi_reward_advantages",
+    "step_advantages",
     "token_logprobs",
 ]
 

@@ -338,6 +338,26 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             high=0,
         ),
     ),
+    "What counts of rewards": (
+        Metric(
+            "rewards/gated_fraction",
+            "share of completions",
+            "Of a batch, all processes: below a gate of `reward_gates` (logged if it is set), so "
+            "that nothing that other rewards give counts.",
+            "falls early in the run",
+            low=0,
+            high=0.5,
+        ),
+        Metric(
+            "rewards/<name>/clipped_fraction",
+            "share of completions",
+            "Of a batch, all processes: with a score of this reward beyond its limits in "
+            "`reward_clip`.",
+            "small: limits are for outliers",
+            low=0,
+            high=0.1,
+        ),
+    ),
     "Reward services": (
         Metric(
             "rewards/excluded_fraction",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -27,12 +27,16 @@ from trl_grpo_ext.advantages import (
     RewardAggregation,
     RewardScale,
     multi_reward_advantages,
+    step_advantages,
 )
 from trl_grpo_ext.config import ExtensionOptions, configuration_problems
 from trl_grpo_ext.cpu_linear import use_onednn
 from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.logprobs import SharedPrefix, has_dropout
 from trl_grpo_ext.losses import importance_ratio, kl_estimate, reduce_tokens
+from trl_grpo_ext.rewards.combine import unknown_reward_problems
+from trl_grpo_ext.rewards.process_advantages import process_advantage_problems
+from trl_grpo_ext.rewards.registry import log_name
 from trl_grpo_ext.rewards.scores import checking
 from trl_grpo_ext.sampling import (
     Completion,
@@ -175,28 +179,44 @@ class ExtGRPOTrainer(ResumeSeams):
         """Return the reward function with its scores checked: a malformed one is never silent."""
         return checking(reward_func, name=name, count_non_finite=count_non_finite)
 
-    def compute_advantages(self, rewards_BR: Tensor, group_size: int) -> Tensor:
-        """Return how much better each completion scored than its group.
+    def compute_advantages(
+        self, rewards_BR: Tensor, group_size: int, step_rewards_BT: Tensor | None = None
+    ) -> Tensor:
+        """Return how much better each completion, or each of its steps, scored than its group.
 
         Args:
             rewards_BR: Of all processes, shape ``(B, R)``, NaN where a reward was not given.
             group_size: ``G``; 1 is legal in evaluation, where every advantage is then 0.
+            step_rewards_BT: With ``process_advantages``, the reward of each step at its last token,
+                shape ``(B, T)``, NaN elsewhere. The reward that gave them does not count as a
+                reward of the whole completion then.
 
         Returns:
-            Shape ``(B,)``.
+            Shape ``(B,)``; with steps ``(B, T)``: each token has the advantage of the completion by
+            the other rewards, and that of its step by ``step_advantages``, times its weight.
         """
         if group_size == 1:
             return torch.zeros_like(rewards_BR[:, 0])
-        return multi_reward_advantages(
-            rewards_BR,
+        counting_BR = self.counting_rewards(rewards_BR)
+        weights_R = self.reward_weights.to(rewards_BR.device)
+        scale, eps = cast(RewardScale, self.scale_rewards), self.options.advantage_eps
+        whole = [r for r in range(len(weights_R)) if r != self.process_reward]
+        clip = self.options.advantage_clip
+        advantages_B = multi_reward_advantages(
+            counting_BR[:, whole],
             group_size=group_size,
-            weights_R=self.reward_weights.to(rewards_BR.device),
+            weights_R=weights_R[whole],
             aggregation=cast(RewardAggregation, self.multi_objective_aggregation),
             baseline=self.options.advantage_baseline,
-            scale=cast(RewardScale, self.scale_rewards),
-            eps=self.options.advantage_eps,
-            clip=self.options.advantage_clip,
+            scale=scale,
+            eps=eps,
+            clip=clip if step_rewards_BT is None else None,
         )
+        if step_rewards_BT is None:
+            return advantages_B
+        steps_BT = step_advantages(step_rewards_BT, group_size=group_size, scale=scale, eps=eps)
+        advantages_BT = advantages_B[:, None] + weights_R[self.process_reward] * steps_BT
+        return advantages_BT if clip is None else advantages_BT.clamp(-clip, clip)
 
     @property
     def replaces_kl(self) -> bool:
@@ -229,6 +249,21 @@ class ExtGRPOTrainer(ResumeSeams):
         return self.beta * penalty / steps, kl_BT
 
 
+def _reward_problems(arguments: dict[str, Any], options: ExtensionOptions) -> Iterator[str]:
+    given = arguments.get("reward_funcs")
+    rewards = given if isinstance(given, list) else [] if given is None else [given]
+    yield from process_advantage_problems(rewards, args=arguments["args"], given=arguments)
+    if not arguments.get("environment_factory"):  # which TRL makes further rewards of
+        names = list(map(_reward_name, rewards))
+        yield from unknown_reward_problems(options.reward_gates, options.reward_clip, names=names)
+
+
+def _reward_name(reward: Any) -> str:
+    """Return the name under which TRL logs a reward: a function, a model, or a model's path."""
+    path = getattr(getattr(reward, "config", None), "_name_or_path", reward)
+    return path.rsplit("/")[-1] if isinstance(path, str) else log_name(reward)
+
+
 def _check_before_loading(arguments: dict[str, Any]) -> None:
     """Refuse, before a model loads, what cannot work."""
     args = arguments.get("args")
@@ -237,6 +272,7 @@ def _check_before_loading(arguments: dict[str, Any]) -> None:
     problems = list(configuration_problems(args))
     peft = arguments.get("peft_config") is not None or hasattr(arguments["model"], "peft_config")
     options = ExtensionOptions.of(args)
+    problems += _reward_problems(arguments, options)
     if not peft and options.reference == "adapter":
         problems.append(
             "`reference` is 'adapter', but the policy has none to switch off. Pass a "

@@ -25,6 +25,8 @@ from trl.trainer import grpo_trainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from trl_grpo_ext._trl.evaluation import EvaluationSeams
+from trl_grpo_ext._trl.seams import mean_advantages
+from trl_grpo_ext._trl.steps import STEP_REWARDS
 from trl_grpo_ext.advantages import RewardAggregation, informative_groups
 from trl_grpo_ext.config import ExtensionOptions
 from trl_grpo_ext.dynamic_sampling import (
@@ -84,7 +86,9 @@ class DynamicSamplingSeams(EvaluationSeams):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         options = self.options
         if not (options.extensions and options.dynamic_sampling and self._mode == "train"):
-            return super()._generate_and_score_completions(inputs)
+            output = super()._generate_and_score_completions(inputs)
+            output.pop(STEP_REWARDS, None)
+            return output
         rounds = self._sample_rounds(inputs)
         informative_D = torch.cat([found.informative_P for found in rounds])
         groups_P = fill_slots(informative_D, num_slots=len(rounds[0].informative_P))
@@ -182,7 +186,7 @@ class DynamicSamplingSeams(EvaluationSeams):
     def _informative(self, rewards_BR: Tensor, rows: Rows) -> Tensor:
         """Which groups have rewards that differ, and a completion that is not masked."""
         informative_P = informative_groups(
-            rewards_BR.cpu(),
+            self.counting_rewards(rewards_BR).cpu(),
             group_size=self._group_size,
             weights_R=self.reward_weights.cpu(),
             aggregation=cast(RewardAggregation, self.multi_objective_aggregation),
@@ -203,9 +207,14 @@ class DynamicSamplingSeams(EvaluationSeams):
         return rows
 
     @property
-    def _padding(self) -> dict[str, int]:
+    def _padding(self) -> dict[str, float]:
         token = cast(int, self._tokenizer.pad_token_id)
-        return {"prompt_ids": token, "completion_ids": token, "tool_mask": 1}
+        return {
+            "prompt_ids": token,
+            "completion_ids": token,
+            "tool_mask": 1,
+            STEP_REWARDS: math.nan,
+        }
 
     # Log-probabilities wait -----------------------------------------------------------------------
 
@@ -255,12 +264,15 @@ class DynamicSamplingSeams(EvaluationSeams):
         """Return this process's share of the rows chosen, as TRL would return it."""
         rows = take_rows(join_rows([r.rows for r in rounds], padding=self._padding), chosen_B)
         rewards_BR = torch.cat([found.rewards_BR for found in rounds])
-        advantages_B = self.compute_advantages(
-            rewards_BR[chosen_B.to(rewards_BR.device)], self._group_size
+        steps = [rows.pop(STEP_REWARDS)] if STEP_REWARDS in rows else []
+        advantages = self.compute_advantages(
+            rewards_BR[chosen_B.to(rewards_BR.device)], self._group_size, *steps
         )
-        if advantages_B is not None:
-            rows["advantages"] = advantages_B.to(rows["advantages"])
-        self._log_table(rounds, chosen_B, rows["advantages"])
+        if advantages is not None:
+            rows["advantages"] = advantages.to(rows["advantages"])
+        self._log_table(
+            rounds, chosen_B, mean_advantages(rows["advantages"], rows["completion_mask"])
+        )
         share = len(chosen_B) // self.accelerator.num_processes
         first = self.accelerator.process_index * share
         local = trim_padding(
@@ -291,11 +303,10 @@ class DynamicSamplingSeams(EvaluationSeams):
         merged = merge_metrics(
             [found.metrics for found in rounds], [len(found.rewards_BR) for found in rounds]
         )
-        merged |= reward_metrics(
-            torch.cat([found.rewards_BR for found in rounds]),
-            weights_R=self.reward_weights,
-            names=self.reward_func_names,
-        )
+        rewards_BR = torch.cat([found.rewards_BR for found in rounds])
+        names, weights_R = self.reward_func_names, self.reward_weights
+        merged |= reward_metrics(rewards_BR, weights_R=weights_R, names=names)
+        merged |= self.combination_metrics(rewards_BR)
         metrics = self._metrics["train"]
         for name, value in merged.items():
             metrics[name] = [value] if name == "num_tokens" else [*metrics[name], value]

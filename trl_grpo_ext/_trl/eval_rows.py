@@ -118,6 +118,7 @@ class EvalRowSeams(GreedySeams):
             num_prompts=collected.num_prompts,
             reward_names=self.reward_func_names,
             weights=self.reward_weights.tolist(),
+            counting=self.counting_rewards,
             have_answers=[callable(getattr(func, "answer", None)) for func in self.reward_funcs],
         )
 

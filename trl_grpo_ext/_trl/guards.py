@@ -91,9 +91,11 @@ class GuardSeams(DynamicSamplingSeams):
             num_masked = self._over_processes(~output["completion_mask"].any(dim=1))
             metrics["completions/num_truncated"].append(num_masked)
         if clip is not None:
-            advantages_B = output["advantages"]
-            num_cut = self._over_processes(advantages_B.abs() >= clip)
-            num_completions = len(advantages_B) * self.accelerator.num_processes
+            advantages = output["advantages"]
+            num_cut = self._over_processes(
+                (advantages.abs() >= clip).view(len(advantages), -1).any(dim=1)
+            )
+            num_completions = len(advantages) * self.accelerator.num_processes
             metrics["advantages/clipped_fraction"].append(num_cut / num_completions)
         return output
 

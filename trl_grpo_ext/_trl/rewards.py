@@ -1,8 +1,7 @@
-"""TRL's trainer with rewards that may come from elsewhere: early, late, or not at all.
+"""TRL's trainer with rewards that may come from elsewhere: late, or not at all.
 
-A finished completion is handed to its rewards at once, so that services score while others are
-sampled and the reference runs; the call that TRL makes later collects. What could not be scored is
-asked for again or left out, and a batch with too much of it is not trained on.
+What could not be scored is asked for again or left out, and a batch with too much of it is not
+trained on.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.utils import logging
-from trl.data_utils import is_conversational
-from trl.trainer import grpo_trainer
 
-from trl_grpo_ext._trl.own_reference import OwnReference
+from trl_grpo_ext._trl.early import EarlyRewardSeams
+from trl_grpo_ext.dynamic_sampling import reward_metrics
 from trl_grpo_ext.errors import RewardOutageError, RewardRefusedError
+from trl_grpo_ext.rewards.combine import Gates, Limits, counting_rewards, shut_gates
 from trl_grpo_ext.rewards.missing import ask_for_missing, excludes, with_stop, without_excluded
+from trl_grpo_ext.rewards.process_advantages import has_process_advantages
 from trl_grpo_ext.rewards.scores import Score, is_asynchronous
 from trl_grpo_ext.rewards.whole_groups import ask_for_whole_groups
-from trl_grpo_ext.sampling import Completion
 
 logger = logging.get_logger(__name__)
 
@@ -33,19 +32,18 @@ _PAUSE_S = 10.0  # before a service in an outage is asked again
 _LOOK_S = 0.2  # between two looks at whether to stop meanwhile
 
 
-class RewardSeams(OwnReference):
-    """``trl.GRPOTrainer`` with checked rewards, early submission and a way out of an outage."""
+class RewardSeams(EarlyRewardSeams):
+    """``trl.GRPOTrainer`` with checked rewards and a way out of an outage."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._num_non_finite: list[int] = []
         self._refusal = ""  # what a service of this process said to a request as such
-        self._rows_in_work: list[dict[str, Any]] = []  # of this generation; none: submit nothing
-        self._rows_a_group = 1  # of this generation; while it samples, TRL's mode says "eval"
-        self._prompts_in_work: list[list[int]] = []
-        self._finished: dict[int, Any] = {}  # completions of this generation
-        self._submitted_groups: set[int] = set()  # of this generation, by their first completion
-        self._known: list[list[Score] | None] = []  # their scores: of an interrupted run
         super().__init__(*args, **kwargs)
+        if not self.extended:
+            return
+        for func in cast("list[Any]", self.reward_funcs):
+            if hasattr(func, "prepare"):
+                func.prepare()
 
     # Hooks ----------------------------------------------------------------------------------------
 
@@ -58,102 +56,66 @@ class RewardSeams(OwnReference):
         """
         return reward_func
 
-    def known_scores(self) -> list[list[Score] | None]:
-        """Return the scores that an interrupted run had of this batch, a list a reward.
-
-        ``None`` stands for a reward that is called as if nothing was known.
-        """
-        return [None] * len(self.reward_funcs)
-
     def keep_scores(self, scores: list[list[Score] | None]) -> None:
         """Note the scores of this batch, as :meth:`known_scores` returns them."""
 
-    # Early ----------------------------------------------------------------------------------------
+    # What counts, and what rewards remember -------------------------------------------------------
 
-    @property
-    def _group_size_in_mode(self) -> int:
-        train = self._mode == "train"
-        return cast(int, self.num_generations if train else self.num_generations_eval)
-
-    @property
-    def _submits(self) -> bool:
-        """Whether rewards are told of completions before TRL calls them."""
-        changes_completions = (
-            self.tools or self.environment_factories is not None or self.rollout_func is not None
+    def counting_rewards(self, rewards_BR: Tensor) -> Tensor:
+        """Return what counts of each reward (``reward_gates``, ``reward_clip``)."""
+        gates, limits = self._gates_and_limits
+        return counting_rewards(
+            rewards_BR, names=self.reward_func_names, gates=gates, limits=limits
         )
-        return self.extended and self.options.overlap_rewards and not changes_completions
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._rows_in_work = inputs if self._submits else []
-        self._submitted_groups = set()
-        self._rows_a_group = self._group_size_in_mode
-        self._known = self.known_scores() if self.extended else []
-        try:
-            return cast(dict[str, Any], super()._generate_and_score_completions(inputs))
-        finally:
-            self._rows_in_work = []
+    def combination_metrics(self, rewards_BR: Tensor) -> dict[str, float]:
+        """Return how much gates and limits cut off; nothing without them."""
+        gates, limits = self._gates_and_limits
+        if not gates and not limits:
+            return {}
+        names, weights_R = self.reward_func_names, self.reward_weights
+        counting_BR = self.counting_rewards(rewards_BR)
+        found = reward_metrics(counting_BR, weights_R=weights_R, names=names)
+        metrics = {name: found[name] for name in ("reward", "reward_std")}
+        if gates:
+            shut_B = shut_gates(rewards_BR, names=names, gates=gates)
+            metrics["rewards/gated_fraction"] = shut_B.float().mean().item()
+        for name, (lowest, highest) in limits.items():
+            scores_B = rewards_BR[:, names.index(name)]
+            is_cut_B = (scores_B < lowest) | (scores_B > highest)
+            metrics[f"rewards/{name}/clipped_fraction"] = is_cut_B.float().mean().item()
+        return metrics
 
-    def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        self._finished = {}
-        output = super()._generate(*args, **kwargs)
-        if self._rows_in_work:
-            for index, (ids, completion) in enumerate(zip(output[1], output[3], strict=True)):
-                self._submit(index, completion, ids)
-        return output
+    @property
+    def _gates_and_limits(self) -> tuple[Gates, Limits]:
+        options = self.options
+        return cast(Gates, options.reward_gates or {}), cast(Limits, options.reward_clip or {})
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        self._prompts_in_work = prompt_ids
-        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+    def reward_states(self) -> dict[str, Any]:
+        """Return what the rewards remember of the run, by their names."""
+        return {name: func.state_dict() for name, func in self._remembering()}
 
-    def completion_finished(self, index: int, completion: Completion) -> None:
-        """Submit a completion of the batch, while others are still sampled."""
-        takers = ("submit", "submit_group")
-        if self._rows_in_work and any(
-            hasattr(func, name) for func in self.reward_funcs for name in takers
-        ):
-            self._submit(index, self._parsed(index, completion.ids), completion.ids)
+    def restore_rewards(self, states: dict[str, Any]) -> None:
+        """Give the rewards back what they remembered."""
+        for name, func in self._remembering():
+            if name in states:
+                func.load_state_dict(states[name])
 
-    def _parsed(self, index: int, ids: list[int]) -> Any:
-        """The completion, as TRL hands it to rewards."""
-        tokenizer: Any = self._tokenizer
-        if not is_conversational({"prompt": self._rows_in_work[index]["prompt"]}):
-            return tokenizer.decode(ids, skip_special_tokens=True)
-        if any(getattr(tokenizer, f"response_{kind}", None) for kind in ("template", "schema")):
-            prefix = self._prompts_in_work[index]
-            return [grpo_trainer.parse_response(tokenizer, ids, prefix=prefix, tools=None)]
-        content = tokenizer.decode(ids, skip_special_tokens=True)
-        return [{"role": "assistant", "content": content}]
-
-    def _submit(self, index: int, completion: Any, ids: list[int]) -> None:
-        """Hand a completion to each reward that takes it early; once more changes nothing."""
-        row, place = self._rows_in_work[index], self._place_in_group(index)
-        self._finished[index] = completion
-        group = range(index - place, index - place + self._rows_a_group)
-        is_whole = all(member in self._finished for member in group)
-        hands_over = is_whole and group.start not in self._submitted_groups
-        for reward, known in zip(cast(list[Any], self.reward_funcs), self._known, strict=True):
-            if known is not None and known[index] is not None:
-                continue
-            if not getattr(reward, "needs_group", False):
-                if hasattr(reward, "submit"):
-                    reward.submit(
-                        row=row, completion=completion, completion_ids=ids, group_index=place
-                    )
-            elif hands_over and hasattr(reward, "submit_group"):
-                completions = [self._finished[member] for member in group]
-                reward.submit_group(row=row, completions=completions)
-        if is_whole:
-            self._submitted_groups.add(group.start)
-
-    def _place_in_group(self, index: int) -> int:
-        first = self.accelerator.process_index * len(self._rows_in_work)
-        return int((first + index) % self._rows_a_group)
+    def _remembering(self) -> list[tuple[str, Any]]:
+        pairs = zip(self.reward_func_names, self.reward_funcs, strict=True)
+        return [
+            (name, func)
+            for name, func in pairs
+            if hasattr(func, "load_state_dict") and not isinstance(func, nn.Module)
+        ]
 
     # Scores ---------------------------------------------------------------------------------------
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self.extended:
             return cast(Tensor, super()._calculate_rewards(*args, **kwargs))
+        for _, func in self._remembering():
+            func.frozen = self._mode != "train"
         with self._phase("rewards"):
             rewards_BR = self._asked_until_enough(*args, **kwargs)
         self._log_non_finite(rewards_BR)
@@ -175,7 +137,10 @@ class RewardSeams(OwnReference):
                 rewards_BR: Tensor = super()._calculate_rewards(*args, **kwargs)
             known = self._local_scores(rewards_BR)
             self.keep_scores(
-                [s if out else None for s, out in zip(known, self._excluding, strict=True)]
+                [
+                    scores if excludes(func) and not has_process_advantages(func) else None
+                    for scores, func in zip(known, self.reward_funcs, strict=True)
+                ]
             )
             self.stop_if_asked()
             asks_services = any(hasattr(func, "on_missing") for func in self.reward_funcs)

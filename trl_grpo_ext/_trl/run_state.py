@@ -51,6 +51,7 @@ class RunStateSeams(StoppingSeams):
             "flos": self.current_flos,
             "rates": self._last_rates,
             "epoch_ends": self._ends_epoch,
+            "rewards": self.reward_states(),
         } | {name: getattr(self, name) for name in _COUNTS}
 
     @property
@@ -81,6 +82,7 @@ class RunStateSeams(StoppingSeams):
         self._tr_loss = state["loss"].to(self.args.device)
         self._globalstep_last_logged = state["last_logged"]
         self.state.num_input_tokens_seen = state["num_tokens"]
+        self.restore_rewards(state.get("rewards", {}))
         for name in _COUNTS:
             setattr(self, name, state[name])
 

@@ -6,6 +6,7 @@ to a hook with a public name. A hook that is not overridden leaves TRL's own res
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trl_grpo_ext._trl.rewards import RewardSeams
+from trl_grpo_ext._trl.steps import STEP_REWARDS, StepRewardSeams
 from trl_grpo_ext.losses import LOSS_TYPE_REDUCTIONS, ImportanceLevel, LossReduction
 
 
@@ -45,11 +46,21 @@ class KLInputs:
     accumulation_steps: int
 
 
-class SeamedGRPOTrainer(RewardSeams):
+TRL_TOTALS = ("reward", "reward_std")  # metrics of TRL that gates and limits replace
+
+
+def mean_advantages(advantages: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return one advantage a completion, shape ``(B,)``: the mean over its tokens."""
+    if advantages.ndim == 1:
+        return advantages
+    return (advantages * mask_BT).sum(dim=1) / mask_BT.sum(dim=1).clamp(min=1)
+
+
+class SeamedGRPOTrainer(StepRewardSeams):
     """``trl.GRPOTrainer`` with public hooks: completions, rewards, advantages, KL and reference."""
 
     _logs: dict[str, Any]
-    _tag_names = [*RewardSeams._tag_names, "trl-grpo-ext"]  # noqa: RUF012 - as in TRL
+    _tag_names = [*StepRewardSeams._tag_names, "trl-grpo-ext"]  # noqa: RUF012 - as in TRL
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._rewards_per_func: Tensor | None = None
@@ -57,8 +68,10 @@ class SeamedGRPOTrainer(RewardSeams):
 
     # Hooks: what a subclass overrides -------------------------------------------------------------
 
-    def compute_advantages(self, rewards_BR: Tensor, group_size: int) -> Tensor | None:
-        """Return the advantages, shape ``(B,)``; ``None`` keeps TRL's."""
+    def compute_advantages(
+        self, rewards_BR: Tensor, group_size: int, step_rewards_BT: Tensor | None = None
+    ) -> Tensor | None:
+        """Return the advantages, shape ``(B,)``, or ``(B, T)`` with steps; ``None`` keeps TRL's."""
         return None
 
     @property
@@ -81,23 +94,35 @@ class SeamedGRPOTrainer(RewardSeams):
         rewards_BR, self._rewards_per_func = self._rewards_per_func, None
         if not self.extended or rewards_BR is None:
             return output
-        group_size = self._group_size_in_mode
-        advantages_B = self.compute_advantages(rewards_BR, group_size)
-        if advantages_B is not None:
-            self._replace_advantages(output, advantages_B, group_size)
+        metrics, group_size = self._metrics[self._mode], self._group_size_in_mode
+        for name, value in self.combination_metrics(rewards_BR).items():
+            metrics[name] = [*metrics[name][: -1 if name in TRL_TOTALS else None], value]
+        advantages = self.compute_advantages(rewards_BR, group_size, *self._steps_of_all(output))
+        if advantages is not None:
+            self._replace_advantages(output, advantages, group_size)
         return output
 
+    def _steps_of_all(self, output: dict[str, Any]) -> list[Tensor]:
+        """The rewards of steps of all processes, if there are any."""
+        if STEP_REWARDS not in output:
+            return []
+        padded = self.accelerator.pad_across_processes(
+            output[STEP_REWARDS], dim=1, pad_index=math.nan
+        )
+        return [self.accelerator.gather(padded)]
+
     def _replace_advantages(
-        self, output: dict[str, Any], advantages_B: Tensor, group_size: int
+        self, output: dict[str, Any], advantages: Tensor, group_size: int
     ) -> None:
-        num_local = len(output["advantages"])
-        start = self.accelerator.process_index * num_local
-        output["advantages"] = advantages_B[start : start + num_local].to(output["advantages"])
+        mask_BT = output["completion_mask"]
+        local = self._local(advantages).to(output["advantages"])
+        output["advantages"] = local if local.ndim == 1 else local[:, : mask_BT.shape[1]]
         logged = self._logs["advantages"]
-        for _ in range(min(len(logged), len(advantages_B))):
+        for _ in range(min(len(logged), len(advantages))):
             logged.pop()
-        logged.extend(advantages_B.tolist())
-        silent_P = (advantages_B.view(-1, group_size) == 0).all(dim=1)
+        mean_B = self.accelerator.gather(mean_advantages(output["advantages"], mask_BT))
+        logged.extend(mean_B.tolist())
+        silent_P = (advantages.reshape(len(advantages) // group_size, -1) == 0).all(dim=1)
         self._metrics[self._mode]["frac_reward_zero_std"][-1] = silent_P.float().mean().item()
 
     # Loss -----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Shapes: ``P`` prompts, ``G`` completions a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +144,7 @@ def build_groups(
     reward_names: Sequence[str],
     weights: Sequence[float],
     have_answers: Sequence[bool],
+    counting: Callable[[Tensor], Tensor] = lambda rewards_BR: rewards_BR,
 ) -> EvalGroups:
     """Return the groups of an evaluation from the completions of all processes.
 
@@ -155,6 +156,7 @@ def build_groups(
         reward_names: Of the reward functions.
         weights: Of the reward functions.
         have_answers: Whether each reward function reads answers.
+        counting: From scores to what counts of them in ``reward_PG``; shapes ``(B, R)``.
     """
     ordered = sorted(
         (row for row in rows if row.place < num_prompts * group_size), key=lambda row: row.place
@@ -170,7 +172,7 @@ def build_groups(
         prompts=[example.get("prompt") for example in examples],
         completions=[[row.completion for row in group] for group in groups],
         rewards={name: scores_PGR[:, :, r] for r, name in enumerate(reward_names)},
-        reward_PG=_weighted_sum(scores_PGR, weights),
+        reward_PG=_weighted_sum(counting(scores_PGR.flatten(0, 1)).view(scores_PGR.shape), weights),
         answers={
             name: [[row.answers[r] for row in group] for group in groups]
             for r, name in enumerate(reward_names)

@@ -1,0 +1,56 @@
+"""What a process reward with ``process_advantages`` needs of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+
+def has_process_advantages(reward: object) -> bool:
+    """Return whether the steps that this reward scores are to have advantages of their own."""
+    return bool(getattr(reward, "process_advantages", False))
+
+
+def process_advantage_problems(
+    rewards: Sequence[object], *, args: Any, given: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield what cannot work beside a reward with ``process_advantages``.
+
+    Args:
+        rewards: Of the run.
+        args: The configuration of the run.
+        given: What the constructor of the trainer was given.
+    """
+    num_rewards = sum(map(has_process_advantages, rewards))
+    if num_rewards == 0:
+        return
+    if num_rewards > 1:
+        yield (
+            f"`process_advantages` is true for {num_rewards} rewards, but the tokens of a "
+            "completion can be cut into the steps of one only. Leave it to one of them."
+        )
+    if not getattr(args, "extensions", True):
+        yield (
+            "`process_advantages` is true, but `extensions` is false, so TRL would give each "
+            "completion one advantage. Set `extensions: true`, or remove `process_advantages`."
+        )
+    for option, is_set, does in (
+        ("loss_type: vespo", args.loss_type == "vespo", "weighs"),
+        ("off_policy_mask_threshold", args.off_policy_mask_threshold is not None, "drops"),
+    ):
+        if is_set:
+            yield (
+                f"`{option}` {does} whole completions by the sign of their one advantage, but with "
+                "`process_advantages` each step has its own. Remove one of the two."
+            )
+    if getattr(args, "advantage_baseline", "mean") != "mean":
+        yield (
+            f"`advantage_baseline` is {args.advantage_baseline!r}, but with `process_advantages` "
+            "the steps of a group are compared with their mean. Remove `advantage_baseline`."
+        )
+    for name in ("tools", "environment_factory", "rollout_func"):
+        if given.get(name):
+            yield (
+                f"`{name}` is given, which adds tokens that the policy did not write, but "
+                "`process_advantages` must know which step a token is of. Remove one of the two."
+            )
