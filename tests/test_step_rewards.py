@@ -16,7 +16,7 @@ from runs import series, settings, train, vowels
 from test_distributed import launch
 
 from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
-from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.errors import ConfigurationError, RewardOutageError
 
 PROMPTS = Dataset.from_dict({"prompt": [f"{a} + {a} =" for a in range(8)]})
 
@@ -174,6 +174,57 @@ def test_a_completion_without_steps_teaches_nothing(tiny_model_dir: Path, tmp_pa
     advantages = trainer.seen[0]["advantages"]
     assert not advantages.isnan().any()
     assert [bool(row.any()) for row in advantages] == [True, False, *[True] * 6]
+
+
+class Failing(VowelsOfSteps):
+    """A service that does not answer for odd completions in its first call."""
+
+    on_missing, failure = "exclude", "HTTP 503"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_failed, self.asked = 0, []
+
+    def step_scores(self, *, completions: Sequence[str], **_: Any) -> list[Steps | None]:
+        found = super().step_scores(completions=completions)
+        fails = not self.asked
+        self.asked.append(len(completions))
+        kept = [None if fails and at % 2 else one for at, one in enumerate(found)]
+        self.num_failed = sum(one is None for one in kept)
+        return kept
+
+
+def test_an_outage_leaves_out_completions_or_is_waited_for(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trl_grpo_ext._trl.rewards._PAUSE_S", 0.0)
+    options = {"max_steps": 1, "beta": 0.0}
+    whole = build(tiny_model_dir, tmp_path, VowelsOfSteps(), short, **options)
+    waiting = build(tiny_model_dir, tmp_path, Failing(), short, on_outage="wait", **options)
+    leaving = build(tiny_model_dir, tmp_path, Failing(), short, on_outage="continue", **options)
+    for trainer in (whole, waiting, leaving):
+        trainer.train()
+    assert waiting.reward_funcs[0].asked == [8, 4]  # only what was missing, the second time
+    assert torch.equal(waiting.seen[0]["advantages"], whole.seen[0]["advantages"])
+    assert leaving.reward_funcs[0].asked == [8]
+    assert not leaving.seen[0]["advantages"][1::2].any()
+    assert leaving.seen[0]["advantages"][::2].any(dim=1).all()
+
+
+def test_an_outage_ends_the_run_which_then_asks_for_all_steps(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    undisturbed = build(tiny_model_dir, tmp_path / "a", VowelsOfSteps(), **options)
+    _, wanted = train(undisturbed)
+    reward = Failing()
+    with pytest.raises(RewardOutageError, match="HTTP 503"):
+        build(tiny_model_dir, tmp_path / "b", reward, **options).train()
+    resumed = build(tiny_model_dir, tmp_path / "b", reward, **options)
+    resumed.train(resume_from_checkpoint="last-good")
+    assert reward.asked == [8, 8, 8]
+    for name, weight in wanted.items():
+        assert torch.equal(resumed.model.state_dict()[name], weight), name
 
 
 def test_dynamic_sampling_keeps_the_steps_of_what_it_drew(
