@@ -358,6 +358,45 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             high=0.1,
         ),
     ),
+    "Reward models": (
+        Metric(
+            "rewards/<name>/too_long",
+            "completions",
+            "Replies that are longer than the outcome model takes, and have no score.",
+            low=0,
+            high=0,
+        ),
+        Metric(
+            "rewards/<name>/unscored",
+            "completions",
+            "Replies that a process model gave no score.",
+            low=0,
+            high=0,
+        ),
+        Metric(
+            "rewards/<name>/cut_prompts",
+            "completions",
+            "Replies whose prompt was cut from its left, for want of room in the model.",
+            low=0,
+            high=0,
+        ),
+        Metric(
+            "rewards/<name>/steps_mean",
+            "steps",
+            "Steps a completion, as the process model splits it.",
+            "neither 1 throughout nor growing without end",
+        ),
+        Metric(
+            "rewards/<name>/running_mean",
+            "reward units",
+            "Of all scores that the outcome model gave so far, all processes (`normalize`).",
+        ),
+        Metric(
+            "rewards/<name>/running_std",
+            "reward units",
+            "Their standard deviation.",
+        ),
+    ),
     "Reward services": (
         Metric(
             "rewards/excluded_fraction",

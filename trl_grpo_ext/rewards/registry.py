@@ -27,6 +27,8 @@ BUILT_IN_REWARDS: Mapping[str, str] = {
     "length": "trl_grpo_ext.rewards.length:LengthReward",
     "math": "trl_grpo_ext.rewards.math.reward:MathReward",
     "number_distance": "trl_grpo_ext.rewards.number:NumberDistanceReward",
+    "outcome_model": "trl_grpo_ext.rewards.models.outcome:OutcomeModelReward",
+    "process_model": "trl_grpo_ext.rewards.models.process:ProcessModelReward",
     "reasoning_gym": "trl_grpo_ext.rewards.reasoning_gym:ReasoningGymReward",
     "repetition": "trl_grpo_ext.rewards.repetition:RepetitionReward",
 }

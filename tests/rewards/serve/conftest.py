@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from rewards.models.tiny_orm import save_orm
 from rewards.serve.client import Client, Serving, until
-from tiny import build_tiny_tokenizer
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from trl_grpo_ext.rewards.serve.app import build_server
 from trl_grpo_ext.rewards.serve.backends import Backend
@@ -39,39 +37,16 @@ def serving() -> Serving:
     return serve
 
 
-def _save_classifier(folder: Path, *, num_labels: int, **config: Any) -> Path:
-    """Write a random float32 classifier of 2 layers and its tokenizer."""
-    tokenizer = build_tiny_tokenizer()
-    settings: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.2,  # wide, so that the scores of two texts differ
-        "pad_token_id": tokenizer.pad_token_id,
-        "num_labels": num_labels,
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForSequenceClassification(LlamaConfig(**settings | config)).float()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def save_classifier() -> Callable[..., Path]:
     """``save_classifier(folder, num_labels=1, **config)``, for models with a flaw."""
-    return _save_classifier
+    return save_orm
 
 
 @pytest.fixture(scope="session")
 def reward_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model of one label: a reward model. Do not write into it."""
-    return _save_classifier(tmp_path_factory.mktemp("served") / "reward", num_labels=1)
+    return save_orm(tmp_path_factory.mktemp("served") / "reward", num_labels=1)
 
 
 @pytest.fixture(scope="session")
@@ -79,4 +54,4 @@ def three_labels_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model of three labels. Do not write into it."""
     names = {0: "bad", 1: "fair", 2: "good"}
     folder = tmp_path_factory.mktemp("served") / "three"
-    return _save_classifier(folder, num_labels=3, id2label=names)
+    return save_orm(folder, num_labels=3, id2label=names)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.rewards.models.passes import plan_passes
 from trl_grpo_ext.rewards.registry import (
     RewardFunction,
     RewardSpec,
@@ -17,7 +18,7 @@ from trl_grpo_ext.rewards.registry import (
     required_columns,
 )
 from trl_grpo_ext.rewards.scores import Score, checked_scores
-from trl_grpo_ext.rewards.serve.batching import Batcher, Worker, plan_passes
+from trl_grpo_ext.rewards.serve.batching import Batcher, Worker
 from trl_grpo_ext.rewards.serve.settings import ServeSettings
 from trl_grpo_ext.rewards.serve.wire import (
     Classified,

@@ -8,11 +8,10 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from trl_grpo_ext.errors import ConfigurationError
-
-DType = Literal["auto", "float32", "bfloat16"]
+from trl_grpo_ext.rewards.models.settings import DType
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Rewards from models in the process: outcome models and process models."""
