@@ -229,7 +229,7 @@ def test_checked_eval_refuses_all_else(source: str) -> None:
 
 
 def test_the_parser_of_sympy_still_ends_in_an_eval_of_its_module() -> None:
-    """Where this fails, ``use_checked_eval`` protects nothing."""
+    """Where this fails, ``prepare`` protects nothing."""
     code = sympy_parser.eval_expr.__code__
     assert "eval" in code.co_names
     assert "eval" not in vars(sympy_parser)

@@ -1,9 +1,4 @@
-"""The process in which reasoning-gym's scorers run; started as a script by ``gym_process.py``.
-
-It imports nothing of this package, so that it starts without torch. A request is a line of JSON,
-``[row, answer, seconds]``; ``null`` for the answer stands for the row's own. The reply is the
-score, ``"refused"`` where the scorer fails on this answer but not on the row's own, or
-``"broken"``.
+"""Runs reasoning-gym's scorers in a worker process: see ``worker_script.py``.
 
 Scorers of reasoning-gym 0.1.25 pass answers to Python's ``eval``, some of them by sympy. Here they
 get :func:`checked_eval`, so that nothing in an answer is run.
@@ -13,11 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
-import json
-import logging
-import signal
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -29,21 +20,6 @@ _NODES = (
 _FUNCTIONS = frozenset({"sqrt", "cbrt", "root"})  # of sympy, which are no classes
 
 
-def main() -> None:
-    """Limit the memory, say that the imports are done, and answer until the input ends."""
-    _limit_memory(int(sys.argv[1]))
-    logging.disable(logging.CRITICAL)
-    warnings.simplefilter("ignore")
-    replies, sys.stdout = sys.stdout, sys.stderr
-    use_checked_eval()
-    print("ready", file=replies, flush=True)
-    for line in sys.stdin:
-        row, answer, seconds = json.loads(line)
-        _end_after(seconds + 1)  # also if the trainer, which ends this process, is gone
-        print(json.dumps(verdict(row, answer)), file=replies, flush=True)
-        _end_after(0)
-
-
 def verdict(row: str, answer: str | None) -> float | str:
     """Return the score of an answer, or which of the two the scorer fails on.
 
@@ -52,7 +28,8 @@ def verdict(row: str, answer: str | None) -> float | str:
         answer: That the model gave; ``None`` for the row's own.
 
     Returns:
-        The score, ``"refused"`` or ``"broken"``.
+        The score; ``"refused"`` if the scorer fails on this answer, but not on the row's own;
+        ``"broken"`` if it fails on both.
     """
     try:
         return _score(row, answer)
@@ -65,7 +42,7 @@ def verdict(row: str, answer: str | None) -> float | str:
     return "broken" if answer is None else "refused"
 
 
-def use_checked_eval() -> None:
+def prepare() -> None:
     """Give :func:`checked_eval` to all modules of reasoning-gym, and to sympy's parser."""
     import reasoning_gym  # noqa: F401
     from sympy.parsing import sympy_parser
@@ -132,23 +109,3 @@ def _scorer(task: str, options: str) -> Callable[[str | None, dict[str, Any]], f
     score: Callable[[str | None, dict[str, Any]], float]
     score = create_dataset(task, **ast.literal_eval(options)).score_answer
     return score
-
-
-def _limit_memory(memory_bytes: int) -> None:
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _end_after(seconds: float) -> None:
-    """Have the kernel end this process after that time; 0 calls it off."""
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-
-
-if __name__ == "__main__":
-    main()

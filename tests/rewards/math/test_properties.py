@@ -7,8 +7,8 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rewards.math.near_misses import near_misses
 
+from benchmarks.near_misses import near_misses
 from trl_grpo_ext.rewards.math.final_answer import read_reply
 from trl_grpo_ext.rewards.math.parse import read_answer
 from trl_grpo_ext.rewards.math.reward import MathReward

@@ -17,7 +17,8 @@ import pytest
 
 from trl_grpo_ext.errors import RewardError
 from trl_grpo_ext.rewards.math.reward import MathReward
-from trl_grpo_ext.rewards.math.workers import OutOfTimeError, Worker, WorkerDiedError, WorkerPool
+from trl_grpo_ext.rewards.math.workers import Worker, WorkerPool
+from trl_grpo_ext.rewards.worker_process import OutOfTimeError, WorkerDiedError
 
 # A worker that does as it is told: the gold answer is what it runs.
 OBEDIENT = """

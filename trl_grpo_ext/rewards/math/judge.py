@@ -8,7 +8,8 @@ from typing import Literal, TypeAlias
 
 from trl_grpo_ext.rewards.math.answers import Answer, Assigned, Expression, Group
 from trl_grpo_ext.rewards.math.compare import SameExpression, same_answer
-from trl_grpo_ext.rewards.math.workers import OutOfTimeError, Worker, WorkerDiedError, WorkerPool
+from trl_grpo_ext.rewards.math.workers import Worker, WorkerPool
+from trl_grpo_ext.rewards.worker_process import OutOfTimeError, WorkerDiedError
 
 Verdict: TypeAlias = Literal["right", "wrong", "unparsable_gold", "timeouts", "crashes"]
 Row: TypeAlias = tuple[Answer | None, Answer | None]

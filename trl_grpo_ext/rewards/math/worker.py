@@ -1,17 +1,11 @@
-r"""The process that compares expressions; started as a script by ``workers.py``.
+r"""Are two expressions equal? Runs in the worker processes: see ``worker_script.py``.
 
-It imports nothing of this package, so that it starts without torch. A request is a line of JSON,
-``[gold, answer, seconds]`` in LaTeX; the reply is ``true`` or ``false`` on a line, or ``null`` if
-one of the two is no expression. Both are parsed by a grammar: nothing in them is run as Python.
+They are in LaTeX, and parsed by a grammar: nothing in them is run as Python.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import random
-import signal
-import sys
 from functools import lru_cache
 from typing import Any
 
@@ -21,19 +15,17 @@ TOLERANCE = 1e-25
 NUM_POINTS = 3
 
 
-def main() -> None:
-    """Limit the memory, say that the imports are done, and answer until the input ends."""
-    _limit_memory(int(sys.argv[1]))
-    logging.disable(logging.CRITICAL)
+def prepare() -> None:
+    """Import what takes a second."""
     import math_verify  # noqa: F401
 
-    replies, sys.stdout = sys.stdout, sys.stderr
-    print("ready", file=replies, flush=True)
-    for line in sys.stdin:
-        gold, answer, seconds = json.loads(line)
-        _end_after(seconds + 1)  # also if the trainer, which ends this process, is gone
-        print(json.dumps(_verdict(gold, answer)), file=replies, flush=True)
-        _end_after(0)
+
+def verdict(gold: str, answer: str) -> bool | None:
+    """Return :func:`same_expression`; what computer algebra cannot do is not equal."""
+    try:
+        return same_expression(gold, answer)
+    except (Exception, RecursionError, MemoryError):  # noqa: BLE001 - sympy raises anything
+        return False
 
 
 def same_expression(gold: str, answer: str) -> bool | None:
@@ -55,15 +47,7 @@ def same_expression(gold: str, answer: str) -> bool | None:
         return False
     if not verify(left, right, numeric_precision=DIGITS, timeout_seconds=None):
         return False
-    return _agree_in_numbers(left, right)
-
-
-def _verdict(gold: str, answer: str) -> bool | None:
-    """Return the comparison; what computer algebra cannot do is not equal."""
-    try:
-        return same_expression(gold, answer)
-    except (Exception, RecursionError, MemoryError):  # noqa: BLE001 - sympy raises anything
-        return False
+    return _agree_in_numbers(left, right)  # last, as some answers keep it busy: x^{10^9}
 
 
 @lru_cache(maxsize=256)
@@ -108,22 +92,3 @@ def _close(left: Any, right: Any) -> bool:
 
     a, b = N(left.doit(), DIGITS), N(right.doit(), DIGITS)
     return bool(abs(a - b) <= TOLERANCE * max(abs(a), abs(b)))
-
-
-def _limit_memory(memory_bytes: int) -> None:
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _end_after(seconds: float) -> None:
-    """Have the kernel end this process after that time; 0 calls it off."""
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-
-
-if __name__ == "__main__":
-    main()
