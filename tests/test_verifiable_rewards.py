@@ -135,3 +135,26 @@ def test_two_processes_give_the_scores_and_metrics_of_one(
     assert {key: two["log"][key] for key in keys} == pytest.approx(
         {key: one["log"][key] for key in keys}, abs=1e-6
     )
+
+
+def test_rows_without_tests_are_left_to_the_other_rewards(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """In a data set of math and code, `code` does not leave out the rows of math."""
+    skip_unless_there("namespaces")
+    rows = [{**row, "tests": TESTS if row["prompt"] == "number" else None} for row in ROWS]
+    config = ExtGRPOConfig(
+        **settings(tmp_path, per_device_train_batch_size=16, max_steps=1, beta=0.0)
+    )
+    trainer = ExtGRPOTrainer(
+        str(tiny_model_dir),
+        [MathReward(), CodeReward(sandbox="namespaces", time_limit_s=2.0)],
+        config,
+        Dataset.from_list(rows),
+        rollout_func=rollout,
+    )
+    [log, *_], _ = train(trainer)
+    assert log["rewards/excluded_fraction"] == 0
+    assert log["rewards/code/skipped_fraction"] == 12 / 16
+    assert log["rewards/math/mean"] == pytest.approx(EXPECTED["rewards/math/mean"])
+    assert log["rewards/code/mean"] == pytest.approx((1 + 0.5 + 0 + 0) / 4)

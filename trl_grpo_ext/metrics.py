@@ -477,6 +477,12 @@ METRICS: dict[str, tuple[Metric, ...]] = {
             "falls",
         ),
         Metric(
+            "rewards/<name>/skipped_fraction",
+            "share of completions",
+            "`code`: of rows without tests, which it does not apply to.",
+            "the share of other rows in a mixed data set",
+        ),
+        Metric(
             "rewards/<name>/no_tests_fraction",
             "share of completions",
             "`code`: rows whose tests cannot be read, so that they have no score.",

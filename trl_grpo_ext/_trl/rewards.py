@@ -111,23 +111,40 @@ class RewardSeams(EarlyRewardSeams):
 
     # Scores ---------------------------------------------------------------------------------------
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _calculate_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         if not self.extended:
-            return cast(Tensor, super()._calculate_rewards(*args, **kwargs))
+            return cast(Tensor, super()._calculate_rewards(inputs, *args, **kwargs))
         for _, func in self._remembering():
             func.frozen = self._mode != "train"
         with self._phase("rewards"):
-            rewards_BR = self._asked_until_enough(*args, **kwargs)
+            excluding_BR = self._excluding_rows(inputs)
+            rewards_BR = self._asked_until_enough(
+                inputs, *args, excluding_BR=excluding_BR, **kwargs
+            )
         self._log_non_finite(rewards_BR)
         rewards_BR, excluded_B = without_excluded(
-            rewards_BR.masked_fill(rewards_BR.isinf(), torch.nan), excluding=self._excluding
+            rewards_BR.masked_fill(rewards_BR.isinf(), torch.nan), excluding_BR=excluding_BR
         )
         if any(self._excluding):
             fraction = excluded_B.float().mean().item()
             self._metrics[self._mode]["rewards/excluded_fraction"].append(fraction)
         return rewards_BR
 
-    def _asked_until_enough(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _excluding_rows(self, inputs: list[dict[str, Any]]) -> Tensor:
+        """Where a missing score leaves the completion out, shape ``(B, R)`` of all processes.
+
+        That is where an excluding reward applies to the row: one that does not always has a method
+        ``applies``.
+        """
+        funcs = cast("list[Any]", self.reward_funcs)
+        local = [
+            [excludes(f) and (not hasattr(f, "applies") or bool(f.applies(row))) for f in funcs]
+            for row in inputs
+        ]
+        excluding_BR = torch.tensor(local, device=self.accelerator.device)
+        return cast(Tensor, self.accelerator.gather(excluding_BR))
+
+    def _asked_until_enough(self, *args: Any, excluding_BR: Tensor, **kwargs: Any) -> Tensor:
         """Return the rewards of all processes, unless there is an outage that ends the run."""
         known, again = self._known, False
         self._num_non_finite = [0] * len(self.reward_funcs)
@@ -144,7 +161,7 @@ class RewardSeams(EarlyRewardSeams):
             )
             self.stop_if_asked()
             asks_services = any(hasattr(func, "on_missing") for func in self.reward_funcs)
-            if not asks_services or not self._waits_for_service(rewards_BR):
+            if not asks_services or not self._waits_for_service(rewards_BR, excluding_BR):
                 return rewards_BR
             again = True
 
@@ -229,7 +246,7 @@ class RewardSeams(EarlyRewardSeams):
 
     # Outages --------------------------------------------------------------------------------------
 
-    def _waits_for_service(self, rewards_BR: Tensor) -> bool:
+    def _waits_for_service(self, rewards_BR: Tensor, excluding_BR: Tensor) -> bool:
         """Return whether to ask again, after a pause; every process must call it.
 
         Raises:
@@ -238,7 +255,7 @@ class RewardSeams(EarlyRewardSeams):
         refusals = [refusal for refusal in gather_object([self._refusal]) if refusal]
         if refusals:
             raise RewardOutageError(refusals[0])
-        failed = self._num_failed(rewards_BR)
+        failed = self._num_failed(rewards_BR, excluding_BR)
         fraction, most = (
             max(failed, default=0) / len(rewards_BR),
             self.options.max_unscored_fraction,
@@ -256,19 +273,17 @@ class RewardSeams(EarlyRewardSeams):
             self._pause()
         return waits
 
-    def _num_failed(self, rewards_BR: Tensor) -> list[int]:
+    def _num_failed(self, rewards_BR: Tensor, excluding_BR: Tensor) -> list[int]:
         """How many completions each reward could not score, though it was to, on all processes.
 
         A reward without ``num_failed`` was to score each.
         """
-        missing = rewards_BR.isnan().sum(dim=0).tolist()
+        missing = (rewards_BR.isnan() & excluding_BR).sum(dim=0).tolist()
         local = [getattr(func, "num_failed", None) for func in self.reward_funcs]
         by_process = gather_object([local])
         return [
-            int(excludes(func)) * (num_missing if None in counts else min(sum(counts), num_missing))
-            for func, num_missing, counts in zip(
-                self.reward_funcs, missing, zip(*by_process, strict=True), strict=True
-            )
+            num_missing if None in counts else min(sum(counts), num_missing)
+            for num_missing, counts in zip(missing, zip(*by_process, strict=True), strict=True)
         ]
 
     def _outage(self, failed: list[int], num_completions: int, fraction: float) -> str:

@@ -37,25 +37,24 @@ def missing_problems(on_missing: object) -> Iterator[str]:
         )
 
 
-def without_excluded(rewards_BR: Tensor, *, excluding: Sequence[bool]) -> tuple[Tensor, Tensor]:
+def without_excluded(rewards_BR: Tensor, *, excluding_BR: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rewards with NaN throughout each excluded completion, and which ones these are.
 
     Args:
         rewards_BR: Shape ``(B, R)``: completions by reward functions; NaN where there is no score.
-        excluding: For each reward function, whether a missing score excludes the completion.
+        excluding_BR: Shape ``(B, R)``, or ``(R,)``: where a missing score excludes the completion.
 
     Returns:
         Shapes ``(B, R)`` and ``(B,)``.
 
     Example:
         >>> rewards = torch.tensor([[1.0, 0.5], [float("nan"), 0.5], [1.0, float("nan")]])
-        >>> without_excluded(rewards, excluding=[True, False])
+        >>> without_excluded(rewards, excluding_BR=torch.tensor([True, False]))
         (tensor([[1.0000, 0.5000],
                 [   nan,    nan],
                 [1.0000,    nan]]), tensor([False,  True, False]))
     """
-    columns = torch.tensor(excluding, device=rewards_BR.device)
-    excluded_B = (rewards_BR.isnan() & columns).any(dim=1)
+    excluded_B = (rewards_BR.isnan() & excluding_BR).any(dim=1)
     return rewards_BR.masked_fill(excluded_B[:, None], torch.nan), excluded_B
 
 

@@ -72,11 +72,12 @@ def test_code_reward_is_none_and_says_why_when_the_tests_cannot_be_run(
             log_metric=lambda name, value: logged.update({name: value}),
         )
     assert scores == [1.0, None, None, None]
-    assert logged["rewards/code/no_tests_fraction"] == 0.5
+    assert logged["rewards/code/no_tests_fraction"] == 0.25
+    assert logged["rewards/code/skipped_fraction"] == 0.25
     assert logged["rewards/code/unjudgeable_fraction"] == 0.25
     assert logged["rewards/code/sandbox_fraction"] == 0
     assert caplog.messages == [
-        "reward 'code' could not score 3 completions (2 whose tests cannot be read, 1 whose tests "
+        "reward 'code' could not score 2 completions (1 whose tests cannot be read, 1 whose tests "
         "cannot be run apart from the program). They are left out of the advantages, not scored 0. "
         "Correct the tests in the data set, or see docs/code_reward.md for the sandbox."
     ]

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Rule = Literal["fraction", "all"]
 
 # How a completion may end otherwise than "done", for metrics.
-ENDS = ("time", "program", "no_program", "no_tests", "unjudgeable", "sandbox")
+ENDS = ("time", "program", "no_program", "skipped", "no_tests", "unjudgeable", "sandbox")
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,13 @@ class CodeReward:
         self._report(scored, log_metric)
         return [one.score for one in scored]
 
+    def applies(self, row: Mapping[str, Any]) -> bool:
+        """Return whether a row of the data set has tests, as not all have in a mixed one.
+
+        Without, a completion has no score, ``None``, and other rewards judge it.
+        """
+        return _has_tests(row.get(self.tests_column))
+
     def close(self) -> None:
         """End the process that is kept for quick starts; a later call starts it again."""
         self.sandbox.close()
@@ -184,6 +191,8 @@ class CodeReward:
         ]
 
     def _scored(self, completion: str, row: Row) -> Scored:
+        if not _has_tests(row.tests):
+            return Scored(None, "skipped")
         given = row.given_code()
         tests = read_tests(row.tests, given=given, entry_point=row.entry_point)
         if tests is None:
@@ -225,7 +234,7 @@ class CodeReward:
         if log_metric and scored:
             for end in ENDS:
                 log_metric(f"rewards/{self.__name__}/{end}_fraction", ends[end] / len(scored))
-        if unscored := sum(one.score is None for one in scored):
+        if unscored := sum(ends[end] for end in _UNSCORED):
             logger.warning(_unscored(self.__name__, unscored, ends))
 
 
@@ -245,6 +254,10 @@ class Row:
         if not self.entry_point or not self.prompt:
             return ""
         return given_code(completion_text(self.prompt))  # type: ignore[arg-type]
+
+
+def _has_tests(cell: object) -> bool:
+    return cell is not None and cell not in ("", [])
 
 
 def _num_processors() -> int:
