@@ -125,6 +125,7 @@ def summary(
         "accuracy_after": after.accuracy,
         "num_eval_prompts": before.num_prompts,
         "eval_samples": recipe.run.eval_samples,
+        "num_processes": trainer.accelerator.num_processes,
         "steps": trainer.state.global_step,
         "minutes": minutes_since_start(),
         "seed": trainer.args.seed,

@@ -188,15 +188,20 @@ def test_set_cpu_threads_shares_the_cores_only_where_the_launcher_left_one(
 # The script itself ----------------------------------------------------------------------------
 
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 LAUNCH += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+
+
+def processes_on_cpu(number: int) -> list[str]:
+    """With `--cpu`, accelerate 1.15 starts one process, whatever the number that it is given."""
+    return ["--cpu" if number == 1 else "--multi_gpu", "--num_processes", str(number)]
 
 
 def run(arguments: list[str], *, processes: int = 1) -> subprocess.CompletedProcess[str]:
     script = [str(ROOT / "recipes" / "grpo.py"), *arguments]
     return subprocess.run(
-        [*LAUNCH, "--num_processes", str(processes), *script],
+        [*LAUNCH, *processes_on_cpu(processes), *script],
         capture_output=True,
         text=True,
         timeout=280,
@@ -242,7 +247,7 @@ def test_grpo_recipe_trains_and_leaves_what_it_promises(write: Any, tmp_path: Pa
 def test_grpo_recipe_saves_on_ctrl_c_and_resumes(write: Any, tmp_path: Path) -> None:
     arguments = write(max_steps=300, num_eval_prompts=0)
     # As `make quickstart` does it: the launcher ignores Ctrl-C, which a terminal sends to all.
-    launcher = shlex.join([*LAUNCH, "--num_processes", "1"])
+    launcher = shlex.join([*LAUNCH, *processes_on_cpu(1)])
     script = f"trap '' INT; {launcher} {ROOT}/recipes/grpo.py {shlex.join(arguments)}"
     with subprocess.Popen(
         ["sh", "-c", script],
@@ -274,7 +279,8 @@ def test_grpo_recipe_saves_on_ctrl_c_and_resumes(write: Any, tmp_path: Path) -> 
 def test_grpo_recipe_runs_with_two_processes(write: Any, tmp_path: Path) -> None:
     done = run(write(per_device_train_batch_size=4), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 2
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["num_processes"], summary["steps"]) == (2, 2)
     assert done.stdout.count("Accuracy after") == 1
 
 
