@@ -11,6 +11,8 @@ from trl_grpo_ext.config import ExtensionOptions
 from trl_grpo_ext.data import TaskArguments
 from trl_grpo_ext.metrics import METRICS, Metric
 from trl_grpo_ext.recipe import RunArguments
+from trl_grpo_ext.rejection.options import RejectionArguments
+from trl_grpo_ext.rewards.models.training_options import RewardModelArguments
 
 HERE = Path(__file__).parent / "reference"
 TABLE = "| option | default | what it does |\n|---|---|---|\n"
@@ -28,7 +30,8 @@ RECIPE = """# Keys of a recipe's YAML
 A recipe takes these keys, those of the [trainer](config.md), every option of `trl.GRPOConfig`
 (`output_dir`, `max_steps`, `learning_rate`, `num_generations`, ...) and those of `trl.ModelConfig`
 (`model_name_or_path`, `dtype`, `use_peft`, `lora_r`, ...). Each can be given on the command line
-too, as `--key value`. This page is written by `python docs/config_reference.py`.
+too, as `--key value`. Other recipes have keys of their own, below. This page is written by
+`python docs/config_reference.py`.
 
 """
 METRICS_PAGE = """# Metrics
@@ -49,7 +52,9 @@ def pages() -> dict[str, str]:
     return {
         "config.md": TRAINER + _table(ExtensionOptions),
         "recipe.md": RECIPE
-        + f"## Task\n\n{_table(TaskArguments)}\n## Run\n\n{_table(RunArguments)}",
+        + f"## Task\n\n{_table(TaskArguments)}\n## Run\n\n{_table(RunArguments)}"
+        + f"\n## recipes/reward_model.py\n\n{_table(RewardModelArguments)}"
+        + f"\n## recipes/rejection_sampling.py\n\n{_table(RejectionArguments)}",
         "metrics.md": METRICS_PAGE + "\n".join(map(_metric_table, METRICS)),
     }
 

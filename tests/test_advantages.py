@@ -14,6 +14,7 @@ from trl.trainer.utils import nanstd
 from trl_grpo_ext.advantages import (
     group_advantages,
     informative_groups,
+    informative_step_groups,
     multi_reward_advantages,
     step_advantages,
     weighted_reward,
@@ -357,6 +358,11 @@ def test_step_advantages_equal_a_loop_over_steps(rows: list[list[float]]) -> Non
                 expected = sum((score - mean) / (deviation + 0.1) for score in following)
                 found = result[first + offset, token].item()
                 assert math.isclose(found, expected * spread, rel_tol=1e-6, abs_tol=1e-6)
+
+
+def test_groups_with_steps_that_differ_are_informative() -> None:
+    rewards = torch.tensor([[NAN, 1.0], [1.0, 1.0], [0.0, 1.0], [NAN, NAN], [1.0, NAN], [NAN, NAN]])
+    assert informative_step_groups(rewards, group_size=2).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize(("shape", "size"), [((4,), 2), ((3, 2), 2), ((4, 2), 1)])

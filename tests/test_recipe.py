@@ -27,7 +27,12 @@ from trl_grpo_ext.recipe import (
 )
 
 ROOT = Path(__file__).parents[1]
-YAMLS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+# Of other recipes, or with a reward model that must be trained first: their tests read them.
+ELSEWHERE = {"reward_model_sums", "process_model_sums", "rejection_quickstart"}
+ELSEWHERE |= {"quickstart_outcome_model", "quickstart_process_model"}
+YAMLS = sorted(
+    path for path in (ROOT / "recipes" / "configs").glob("*.yaml") if path.stem not in ELSEWHERE
+)
 
 
 @pytest.fixture

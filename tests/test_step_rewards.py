@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -16,7 +17,8 @@ from runs import series, settings, train, vowels
 from test_distributed import launch
 
 from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
-from trl_grpo_ext.errors import ConfigurationError, RewardOutageError
+from trl_grpo_ext.errors import ConfigurationError, RewardError, RewardOutageError
+from trl_grpo_ext.rewards.process_advantages import checked_steps
 
 PROMPTS = Dataset.from_dict({"prompt": [f"{a} + {a} =" for a in range(8)]})
 
@@ -250,6 +252,68 @@ def test_dynamic_sampling_keeps_the_steps_of_what_it_drew(
     assert max(rounds) > 1
 
 
+def test_groups_whose_steps_differ_teach_though_their_aggregates_are_equal(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    class Equal(VowelsOfSteps):
+        def aggregated(self, steps: Sequence[Steps | None]) -> list[float | None]:
+            return [0.0 for _ in steps]
+
+    options = {"max_steps": 1, "beta": 0.0, "dynamic_sampling": True}
+    teaching = build(tiny_model_dir, tmp_path, Equal(), **options)
+    silent = build(tiny_model_dir, tmp_path, Equal(), short, reward_weights=[0, 0], **options)
+    for trainer, share in ((teaching, 1.0), (silent, 0.0)):
+        trainer.train()
+        name = "dynamic_sampling/informative_fraction"
+        assert series(trainer.state.log_history, name) == [share]
+
+
+def test_each_aggregation_works_without_another_reward(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    options = {"max_steps": 1, "beta": 0.0}
+    runs = [
+        build(tiny_model_dir, tmp_path, VowelsOfSteps(), multi_objective_aggregation=how, **options)
+        for how in ("sum_then_normalize", "normalize_then_sum")
+    ]
+    for trainer in runs:
+        trainer.train()
+    assert torch.equal(runs[0].seen[0]["advantages"], runs[1].seen[0]["advantages"])
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (Steps((2, 4), (1.0,)), "as many numbers in `scores`"),
+        (Steps((), ()), "`ends` that increase up to the length"),
+        (Steps((3,), (1.0,)), "a text of 4 characters"),
+        (Steps((4, 4), (1.0, 0.0)), "`ends` that increase"),
+        (Steps((4,), ("good",)), "'steps'"),  # type: ignore[arg-type]
+        (0.5, "an object|`ends`"),
+    ],
+)
+def test_malformed_steps_are_refused_by_name(steps: Any, words: str) -> None:
+    with pytest.raises(RewardError, match=words):
+        checked_steps([steps], texts=["1234"], name="steps")
+    with pytest.raises(RewardError, match="returned 1 values, but 2 were expected"):
+        checked_steps([None], texts=["", ""], name="steps")
+
+
+def test_steps_that_are_not_finite_are_counted_and_left_out(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    class Broken(VowelsOfSteps):
+        def step_scores(self, *, completions: Sequence[str], **_: Any) -> list[Steps | None]:
+            first, *rest = super().step_scores(completions=completions)
+            return [Steps(first.ends, (math.inf, *first.scores[1:])), *rest]
+
+    trainer = build(tiny_model_dir, tmp_path, Broken(), max_steps=1, beta=0.0)
+    trainer.train()
+    advantages = trainer.seen[0]["advantages"]
+    assert [bool(row.any()) for row in advantages] == [False, *[True] * 7]
+    assert series(trainer.state.log_history, "rewards/steps/non_finite") == [1.0]
+
+
 def test_steps_are_resumed_exactly(tiny_model_dir: Path, tmp_path: Path) -> None:
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "num_iterations": 2}
     undisturbed = build(tiny_model_dir, tmp_path / "a", VowelsOfSteps(), **options)
@@ -323,6 +387,40 @@ def test_gates_and_limits_change_what_is_learned_and_not_what_is_logged(
     groups = [counts[:4], counts[4:]]
     expected = [value - statistics.fmean(group) for group in groups for value in group]
     assert list(gated._logs["advantages"]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_gates_and_limits_are_of_steps_too(tiny_model_dir: Path, tmp_path: Path) -> None:
+    options = {"max_steps": 1, "beta": 0.0, "scale_rewards": "none", "max_completion_length": 12}
+    gates = {"reward_gates": {"even": 1.0}, "reward_clip": {"steps": [0, 1]}}
+    reward = VowelsOfSteps()
+    trainer = build(
+        tiny_model_dir, tmp_path, reward, even, reward_weights=[1, 0], **options, **gates
+    )
+    trainer.train()
+    texts = list(trainer._logs["completion"])
+    scores = [
+        [min(score, 1.0) * gate for score in one.scores]
+        for one, gate in zip(
+            reward.step_scores(completions=texts), even(completions=texts), strict=True
+        )
+    ]
+    for first in (0, 4):
+        mean = statistics.fmean(s for of_one in scores[first : first + 4] for s in of_one)
+        for row in range(first, first + 4):  # what the first token earns: all steps
+            expected = sum(score - mean for score in scores[row])
+            found = float(trainer.seen[0]["advantages"][row, 0])
+            assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_only_tokens_count_as_clipped(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Behind its end a completion has the advantage of the whole alone, which teaches nothing."""
+    options = {"max_steps": 1, "beta": 0.0, "advantage_clip": 1.2}
+    trainer = build(tiny_model_dir, tmp_path, VowelsOfSteps(), short, **options)
+    trainer.train()
+    output = trainer.seen[0]
+    cut = (output["advantages"].abs() >= 1.2) & output["completion_mask"].bool()
+    shares = series(trainer.state.log_history, "advantages/clipped_fraction")
+    assert shares == pytest.approx([cut.any(dim=1).float().mean().item()])
 
 
 def test_evaluation_counts_as_training_does(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -401,6 +499,60 @@ def test_what_a_reward_remembers_is_resumed_and_left_alone_by_evaluation(
         assert torch.equal(resumed.model.state_dict()[name], weight), name
     resumed.evaluate(PROMPTS)
     assert reward.count == 4 * 8
+
+
+def test_a_live_state_is_copied(tiny_model_dir: Path, tmp_path: Path) -> None:
+    class Live(Counting):
+        """Returns what it goes on changing, with a number of NumPy in it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.state = {"count": np.float64(0.0)}
+
+        def state_dict(self) -> Any:
+            return self.state
+
+        def load_state_dict(self, state: Any) -> None:
+            self.state = state
+
+        def __call__(self, **columns: Any) -> list[float]:
+            found = super().__call__(**columns)
+            self.state["count"] = np.float64(self.count)
+            return found
+
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "beta": 0.0}
+    reward = Live()
+    trainer = build(tiny_model_dir, tmp_path, reward, **options)
+    kept = trainer.reward_states()
+    trainer.train()
+    assert kept == {"counting": {"count": 0.0}}
+    resumed = build(tiny_model_dir, tmp_path / "b", Live(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    path = tmp_path / "out" / "checkpoint-1" / "run_state_0.pt"
+    state = torch.load(path, weights_only=True)
+    assert state["state"]["rewards"] == {"counting": {"count": 8.0}}
+    torch.save(state | {"num_processes": 3}, path)  # which plain resume leaves at that
+    other = build(tiny_model_dir, tmp_path / "c", Live(), **options)
+    other.restore_rewards({})
+    other._read_run_state(path.parent)
+    assert other.reward_states() == {"counting": {"count": 8.0}}
+
+
+def test_what_a_checkpoint_cannot_keep_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    class Odd(Counting):
+        def state_dict(self) -> Any:
+            return {"count": object()}
+
+    with pytest.raises(RewardError, match="'counting' has a object in its `state_dict"):
+        build(tiny_model_dir, tmp_path, Odd(), max_steps=1, beta=0.0).train()
+
+
+def test_names_that_must_tell_rewards_apart_are_not_shared(tmp_path: Path) -> None:
+    nowhere = Path("no-model-is-loaded")
+    with pytest.raises(ConfigurationError, match="2 rewards are called 'counting'"):
+        build(nowhere, tmp_path, Counting(), Counting())
+    with pytest.raises(ConfigurationError, match="2 rewards are called 'even'"):
+        build(nowhere, tmp_path, even, even, reward_gates={"even": 1.0})
 
 
 # Two processes ------------------------------------------------------------------------------------

@@ -232,6 +232,24 @@ def informative_groups(
     return torch.stack([none_P, *(~_all_equal(column_PG) for column_PG in columns)]).any(dim=0)
 
 
+def informative_step_groups(step_rewards_BT: Tensor, *, group_size: int) -> Tensor:
+    """Return which groups have steps whose rewards differ.
+
+    Args:
+        step_rewards_BT: As in :func:`step_advantages`.
+        group_size: ``G``, at least 2.
+
+    Returns:
+        Shape ``(P,)``, booleans.
+
+    Example:
+        >>> nan = float("nan")
+        >>> informative_step_groups(torch.tensor([[1.0, 0.0], [nan, 1.0]]), group_size=2)
+        tensor([True])
+    """
+    return ~_silent(step_rewards_BT.reshape(len(step_rewards_BT) // group_size, -1))
+
+
 def weighted_reward(rewards_BR: Tensor, weights_R: Tensor) -> Tensor:
     """Return each completion's weighted sum of the rewards that apply to it.
 

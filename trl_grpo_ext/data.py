@@ -88,6 +88,13 @@ class TaskArguments:
         default="{prompt}",
         metadata={"help": "The user message; {prompt} stands for the text of the question."},
     )
+    examples: list[dict[str, str]] | None = field(
+        default=None,
+        metadata={
+            "help": "Turns in front of each question, to show how to reply: mappings with prompt, "
+            "which gets `prompt_template` too, and reply."
+        },
+    )
     num_train_prompts: int | None = field(
         default=None, metadata={"help": "How many distinct prompts to train on; all by default."}
     )
@@ -152,7 +159,7 @@ def load_task(arguments: TaskArguments) -> Task:
         >>> task.held_out.num_rows, task.held_out.column_names
         (4, ['prompt', 'answer', 'reasoning_gym'])
     """
-    problems = setting_problems(arguments)
+    problems = setting_problems(arguments) + _example_problems(arguments)
     try:
         sources = _read_sources(arguments)
     except ConfigurationError as error:
@@ -259,12 +266,37 @@ def _other_columns(source: Dataset, arguments: TaskArguments) -> list[str]:
 
 def _messages(prompt: str | list[Message], arguments: TaskArguments) -> list[Message]:
     if isinstance(prompt, str):
-        prompt = [
-            {"role": "user", "content": arguments.prompt_template.replace("{prompt}", prompt)}
-        ]
+        prompt = [*_example_turns(arguments), _question(prompt, arguments)]
     if arguments.system_prompt is None or prompt[0]["role"] == "system":
         return prompt
     return [{"role": "system", "content": arguments.system_prompt}, *prompt]
+
+
+def _question(text: str, arguments: TaskArguments) -> Message:
+    return {"role": "user", "content": arguments.prompt_template.replace("{prompt}", text)}
+
+
+def _example_turns(arguments: TaskArguments) -> list[Message]:
+    turns: list[Message] = []
+    for example in arguments.examples or []:
+        reply = {"role": "assistant", "content": example["reply"]}
+        turns += [_question(example["prompt"], arguments), reply]
+    return turns
+
+
+def _example_problems(arguments: TaskArguments) -> list[str]:
+    for example in arguments.examples or []:
+        texts = example.values() if isinstance(example, Mapping) else ()
+        if not texts or set(example) != {"prompt", "reply"} or not all(map(_is_str, texts)):
+            return [
+                f"`examples` holds {example!r}, which is no turn to show. Write mappings with two "
+                "texts, such as {prompt: 2 + 3 =, reply: 2 + 3 = 5}."
+            ]
+    return []
+
+
+def _is_str(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _answer(value: object, arguments: TaskArguments) -> str:

@@ -8,10 +8,10 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import psutil
 import torch
@@ -92,12 +92,26 @@ class Recipe:
     @property
     def settings(self) -> dict[str, object]:
         """Every option that YAML or command line set, by its key: what a report shows."""
-        parts = (self.run, self.task, self.model, self.training)
-        # A token could be given as an option; it is not shown.
-        shown = self.given - {"hub_token"}
-        return {
-            f.name: getattr(part, f.name) for part in parts for f in fields(part) if f.name in shown
-        }
+        return given_settings(self.run, self.task, self.model, self.training, given=self.given)
+
+
+class Checked(Protocol):
+    """What a recipe was asked for, whatever it is."""
+
+    @property
+    def run(self) -> RunArguments:
+        """How the run as a whole goes."""
+
+
+_Recipe = TypeVar("_Recipe", bound=Checked)
+
+
+def given_settings(*parts: Any, given: frozenset[str]) -> dict[str, object]:
+    """Return those options that were given, by their key; a token is not shown."""
+    shown = given - {"hub_token"}
+    return {
+        f.name: getattr(part, f.name) for part in parts for f in fields(part) if f.name in shown
+    }
 
 
 def read_recipe(argv: Sequence[str] | None = None) -> Recipe:
@@ -110,24 +124,54 @@ def read_recipe(argv: Sequence[str] | None = None) -> Recipe:
         ConfigurationError: keys that do not exist, settings that cannot work, data, columns or
             rewards that are not there: all at once, before a model loads.
     """
+    (run, task, model, training), given = read_options(argv, _OPTION_CLASSES, check=_problems)
+    return Recipe(run, task, model, training, given=given)
+
+
+def read_options(
+    argv: Sequence[str] | None,
+    option_classes: Sequence[Any],
+    *,
+    check: Callable[..., Iterable[str]],
+) -> tuple[list[Any], frozenset[str]]:
+    """Return the options of YAML and command line as one object a class, and the keys given.
+
+    Args:
+        argv: The arguments after the program's name; ``sys.argv[1:]`` if not given.
+        option_classes: Dataclasses: :class:`RunArguments` first, those of the training last.
+        check: Gets the objects, without the last where that one's own checks refuse it, and
+            returns what cannot work.
+
+    Raises:
+        ConfigurationError: All that cannot work, at once.
+    """
     _silence_known_warnings()
     arguments = list(sys.argv[1:] if argv is None else argv)
     keys = _yaml_keys(arguments)
-    problems = _unknown_keys(keys)
-    run, task, model, *training = _parsed(arguments, problems)
-    problems += _recipe_problems(run, task, model)
-    for parsed in training:
-        problems += _training_problems(model, parsed)
+    problems = _unknown_keys(keys, option_classes)
+    parsed = _parsed(arguments, option_classes, problems)
+    problems += check(*parsed)
     if problems:
         raise ConfigurationError(problems)
-    set_cpu_threads(run.cpu_threads)
+    set_cpu_threads(parsed[0].cpu_threads)
     flags = {a[2:].partition("=")[0] for a in arguments if a.startswith("--")}
-    (config,) = training
-    return Recipe(run, task, model, config, given=keys | flags)
+    return parsed, keys | flags
 
 
-def run_recipe(run: Callable[[Recipe], int], argv: Sequence[str] | None = None) -> int:
+def run_recipe(
+    run: Callable[[_Recipe], int],
+    argv: Sequence[str] | None = None,
+    *,
+    read: Callable[[Sequence[str] | None], _Recipe] | None = None,
+    check: Callable[[_Recipe], str] | None = None,
+) -> int:
     """Read the recipe and run it, or only check it (``--dry_run``).
+
+    Args:
+        run: Does what the recipe says, and returns the exit code.
+        argv: As for :func:`read_recipe`.
+        read: Another reader than :func:`read_recipe`, for a recipe with other options.
+        check: What ``--dry_run`` does then, in place of :func:`check_recipe`.
 
     Returns:
         The exit code: that of ``run``, or 1 with the error on standard error, without a traceback,
@@ -137,9 +181,9 @@ def run_recipe(run: Callable[[Recipe], int], argv: Sequence[str] | None = None) 
         # So that Ctrl-C reaches the run and not the launcher, `make` has the launcher ignore it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        recipe = read_recipe(argv)
+        recipe = cast(Any, read or read_recipe)(argv)
         if recipe.run.dry_run:
-            sys.stdout.write(check_recipe(recipe) + "\n")
+            sys.stdout.write(cast(Any, check or check_recipe)(recipe) + "\n")
             return 0
         return run(recipe)
     except ExtGRPOError as error:
@@ -283,19 +327,19 @@ def minutes_since_start() -> float:
     return float(time.time() - psutil.Process().create_time()) / 60
 
 
-def _parsed(arguments: list[str], problems: list[str]) -> tuple[Any, ...]:
+def _parsed(arguments: list[str], option_classes: Sequence[Any], problems: list[str]) -> list[Any]:
     """The options, by class; without the last, whose problems are added, if that one is refused."""
-    parser = TrlParser(_OPTION_CLASSES)
+    parser = TrlParser(cast(Any, option_classes))
     if not torch.accelerator.is_available():
         parser.set_defaults(use_cpu=True)
     try:
-        return parser.parse_args_and_config(arguments, fail_with_unknown_args=False)
+        return list(parser.parse_args_and_config(arguments, fail_with_unknown_args=False))
     except ConfigurationError as error:
         problems += error.problems
     except ValueError as error:  # a flag that does not exist
         raise ConfigurationError([*problems, str(error)]) from error
-    others = TrlParser(_OPTION_CLASSES[:-1])
-    return others.parse_args_and_config(arguments, return_remaining_strings=True)[:-1]
+    others = TrlParser(cast(Any, option_classes[:-1]))
+    return list(others.parse_args_and_config(arguments, return_remaining_strings=True)[:-1])
 
 
 def _silence_known_warnings() -> None:
@@ -305,7 +349,22 @@ def _silence_known_warnings() -> None:
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
 
 
-def _recipe_problems(run: RunArguments, task: TaskArguments, model: ModelConfig) -> Iterator[str]:
+def _problems(
+    run: RunArguments, task: TaskArguments, model: ModelConfig, *training: ExtGRPOConfig
+) -> Iterator[str]:
+    yield from run_problems(run, model)
+    if not task.rewards:
+        yield (
+            "`rewards` is empty, so nothing would be learned. List at least one, such as "
+            "`- name: last_number`."
+        )
+    yield from task_problems(task)
+    for config in training:
+        yield from _training_problems(model, config)
+
+
+def run_problems(run: RunArguments, model: ModelConfig) -> Iterator[str]:
+    """Yield what cannot work in the choice of a model and in how the run goes."""
     if model.model_name_or_path is None:
         yield (
             "`model_name_or_path` is not set, so there is no model to train. Name a local folder "
@@ -320,12 +379,6 @@ def _recipe_problems(run: RunArguments, task: TaskArguments, model: ModelConfig)
         )
     if run.cpu_threads is not None and run.cpu_threads < 1:
         yield f"`cpu_threads` is {run.cpu_threads}. Use at least 1, or leave it out."
-    if not task.rewards:
-        yield (
-            "`rewards` is empty, so nothing would be learned. List at least one, such as "
-            "`- name: last_number`."
-        )
-    yield from task_problems(task)
 
 
 def _training_problems(model: ModelConfig, training: ExtGRPOConfig) -> Iterator[str]:
@@ -372,9 +425,9 @@ def _yaml_keys(arguments: list[str]) -> frozenset[str]:
     return frozenset(map(str, keys))
 
 
-def _unknown_keys(keys: frozenset[str]) -> list[str]:
+def _unknown_keys(keys: frozenset[str], option_classes: Sequence[Any]) -> list[str]:
     """What to say of the keys that no option has."""
-    known = {f.name for options in _OPTION_CLASSES for f in fields(options)} | {"env"}
+    known = {f.name for options in option_classes for f in fields(options)} | {"env"}
     return [_unknown_key(key, known) for key in sorted(keys - known)]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -37,6 +38,7 @@ from trl_grpo_ext.losses import importance_ratio, kl_estimate, reduce_tokens
 from trl_grpo_ext.rewards.combine import unknown_reward_problems
 from trl_grpo_ext.rewards.process_advantages import process_advantage_problems
 from trl_grpo_ext.rewards.registry import log_name
+from trl_grpo_ext.rewards.remembering import remembers
 from trl_grpo_ext.rewards.scores import checking
 from trl_grpo_ext.sampling import (
     Completion,
@@ -197,26 +199,36 @@ class ExtGRPOTrainer(ResumeSeams):
         """
         if group_size == 1:
             return torch.zeros_like(rewards_BR[:, 0])
-        counting_BR = self.counting_rewards(rewards_BR)
-        weights_R = self.reward_weights.to(rewards_BR.device)
-        scale, eps = cast(RewardScale, self.scale_rewards), self.options.advantage_eps
-        whole = [r for r in range(len(weights_R)) if r != self.process_reward]
         clip = self.options.advantage_clip
-        advantages_B = multi_reward_advantages(
-            counting_BR[:, whole],
+        if step_rewards_BT is None:
+            return self._whole_advantages(rewards_BR, group_size, clip=clip)
+        steps_BT = step_advantages(
+            self.counting_steps(step_rewards_BT, rewards_BR),
             group_size=group_size,
-            weights_R=weights_R[whole],
+            scale=cast(RewardScale, self.scale_rewards),
+            eps=self.options.advantage_eps,
+        )
+        whole_B = self._whole_advantages(rewards_BR, group_size, clip=None)
+        advantages_BT = whole_B[:, None] + self.reward_weights[self.process_reward] * steps_BT
+        return advantages_BT if clip is None else advantages_BT.clamp(-clip, clip)
+
+    def _whole_advantages(
+        self, rewards_BR: Tensor, group_size: int, *, clip: float | None
+    ) -> Tensor:
+        """The advantages by the rewards of whole completions; 0 if there are none."""
+        whole = self.whole_rewards
+        if not whole:
+            return torch.zeros_like(rewards_BR[:, 0])
+        return multi_reward_advantages(
+            self.counting_rewards(rewards_BR)[:, whole],
+            group_size=group_size,
+            weights_R=self.reward_weights[whole].to(rewards_BR.device),
             aggregation=cast(RewardAggregation, self.multi_objective_aggregation),
             baseline=self.options.advantage_baseline,
-            scale=scale,
-            eps=eps,
-            clip=clip if step_rewards_BT is None else None,
+            scale=cast(RewardScale, self.scale_rewards),
+            eps=self.options.advantage_eps,
+            clip=clip,
         )
-        if step_rewards_BT is None:
-            return advantages_B
-        steps_BT = step_advantages(step_rewards_BT, group_size=group_size, scale=scale, eps=eps)
-        advantages_BT = advantages_B[:, None] + weights_R[self.process_reward] * steps_BT
-        return advantages_BT if clip is None else advantages_BT.clamp(-clip, clip)
 
     @property
     def replaces_kl(self) -> bool:
@@ -253,9 +265,25 @@ def _reward_problems(arguments: dict[str, Any], options: ExtensionOptions) -> It
     given = arguments.get("reward_funcs")
     rewards = given if isinstance(given, list) else [] if given is None else [given]
     yield from process_advantage_problems(rewards, args=arguments["args"], given=arguments)
+    names = list(map(_reward_name, rewards))
+    yield from _shared_name_problems(rewards, names, options)
     if not arguments.get("environment_factory"):  # which TRL makes further rewards of
-        names = list(map(_reward_name, rewards))
         yield from unknown_reward_problems(options.reward_gates, options.reward_clip, names=names)
+
+
+def _shared_name_problems(
+    rewards: list[Any], names: list[str], options: ExtensionOptions
+) -> Iterator[str]:
+    """Yield names of several rewards by which one of them would have to be told."""
+    told = {name for reward, name in zip(rewards, names, strict=True) if remembers(reward)}
+    told |= {*(options.reward_gates or ()), *(options.reward_clip or ())}
+    for name, count in Counter(names).items():
+        if count > 1 and name in told:
+            yield (
+                f"{count} rewards are called {name!r}, so what one of them remembers, or what "
+                "`reward_gates` and `reward_clip` say of it, cannot be told from the others. Give "
+                "each a name: built-in ones take `log_as`, your own set `__name__`."
+            )
 
 
 def _reward_name(reward: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from trl_grpo_ext.rewards.combine import (
     combination_problems,
     counting_rewards,
+    counting_steps,
     shut_gates,
     unknown_reward_problems,
 )
@@ -50,6 +52,24 @@ def test_limits_cut_and_gates_are_judged_before_them() -> None:
     )
     expected = torch.tensor([[3.0, 0.5, -9.0], [1.0, 0.5, NAN]])
     torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_steps_are_cut_and_gated_as_the_reward_that_gave_them() -> None:
+    steps = torch.tensor([[NAN, 0.9, 0.2], [0.9, NAN, -0.5]])
+    rewards = torch.tensor([[0.2, 1.0, 0.0], [0.9, 0.0, 0.0]])
+
+    def cut(**options: Any) -> torch.Tensor:
+        chosen = {"gates": {}, "limits": {}} | options
+        return counting_steps(steps, rewards, name="model", names=NAMES, **chosen)
+
+    gated = cut(gates={"format": 1.0})
+    expected = torch.tensor([[NAN, 0.9, 0.2], [0.0, NAN, -0.5]])
+    torch.testing.assert_close(gated, expected, equal_nan=True)
+    limited = cut(limits={"model": (0, 0.5), "length": (0, 0.1)})
+    expected = torch.tensor([[NAN, 0.5, 0.2], [0.5, NAN, 0.0]])
+    torch.testing.assert_close(limited, expected, equal_nan=True)
+    itself = cut(gates={"model": 0.5})
+    torch.testing.assert_close(itself, steps, equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,15 @@ def test_a_text_within_what_was_decoded_is_found() -> None:
     assert step_tokens(decode_pieces, [0, 1, 3], text="Two", ends=[2, 3]) == [1, 2]
 
 
+def test_the_text_is_what_comes_last() -> None:
+    # A thought that drafts the answer before it is given: "Two" stands twice.
+    pieces = ["Two\n", "A", ". Hm. ", "Two\n", "A", ""]
+    found = step_tokens(
+        lambda ids: "".join(pieces[i] for i in ids), range(6), text="Two\nA", ends=[4, 5]
+    )
+    assert found == [3, 5]
+
+
 @given(st.lists(st.text("aé漢🙂", min_size=1, max_size=4), min_size=1, max_size=5))
 def test_each_byte_belongs_to_its_step(steps: list[str]) -> None:
     text = "".join(steps)

@@ -27,7 +27,11 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl_grpo_ext._trl.evaluation import EvaluationSeams
 from trl_grpo_ext._trl.seams import mean_advantages
 from trl_grpo_ext._trl.steps import STEP_REWARDS
-from trl_grpo_ext.advantages import RewardAggregation, informative_groups
+from trl_grpo_ext.advantages import (
+    RewardAggregation,
+    informative_groups,
+    informative_step_groups,
+)
 from trl_grpo_ext.config import ExtensionOptions
 from trl_grpo_ext.dynamic_sampling import (
     PADDED_LEFT,
@@ -185,12 +189,16 @@ class DynamicSamplingSeams(EvaluationSeams):
 
     def _informative(self, rewards_BR: Tensor, rows: Rows) -> Tensor:
         """Which groups have rewards that differ, and a completion that is not masked."""
+        whole, size = self.whole_rewards, self._group_size
         informative_P = informative_groups(
-            self.counting_rewards(rewards_BR).cpu(),
-            group_size=self._group_size,
-            weights_R=self.reward_weights.cpu(),
+            self.counting_rewards(rewards_BR)[:, whole].cpu(),
+            group_size=size,
+            weights_R=self.reward_weights[whole].cpu(),
             aggregation=cast(RewardAggregation, self.multi_objective_aggregation),
         )
+        if STEP_REWARDS in rows and self.reward_weights[self.process_reward] != 0:
+            counting_BT = self.counting_steps(rows[STEP_REWARDS], rewards_BR).cpu()
+            informative_P = informative_P | informative_step_groups(counting_BT, group_size=size)
         counts_B = rows["completion_mask"].any(dim=1).cpu()
         return informative_P & counts_B.view(-1, self._group_size).any(dim=1)
 

@@ -92,9 +92,10 @@ class GuardSeams(DynamicSamplingSeams):
             metrics["completions/num_truncated"].append(num_masked)
         if clip is not None:
             advantages = output["advantages"]
-            num_cut = self._over_processes(
-                (advantages.abs() >= clip).view(len(advantages), -1).any(dim=1)
-            )
+            is_cut = advantages.abs() >= clip
+            if is_cut.ndim == 2:
+                is_cut = (is_cut & output["completion_mask"].bool()).any(dim=1)
+            num_cut = self._over_processes(is_cut)
             num_completions = len(advantages) * self.accelerator.num_processes
             metrics["advantages/clipped_fraction"].append(num_cut / num_completions)
         return output

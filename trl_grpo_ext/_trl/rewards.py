@@ -19,10 +19,17 @@ from transformers.utils import logging
 
 from trl_grpo_ext._trl.early import EarlyRewardSeams
 from trl_grpo_ext.dynamic_sampling import reward_metrics
-from trl_grpo_ext.errors import RewardOutageError, RewardRefusedError
-from trl_grpo_ext.rewards.combine import Gates, Limits, counting_rewards, shut_gates
+from trl_grpo_ext.errors import ConfigurationError, RewardOutageError, RewardRefusedError
+from trl_grpo_ext.rewards.combine import (
+    Gates,
+    Limits,
+    counting_rewards,
+    shut_gates,
+    unknown_reward_problems,
+)
 from trl_grpo_ext.rewards.missing import ask_for_missing, excludes, with_stop, without_excluded
 from trl_grpo_ext.rewards.process_advantages import has_process_advantages
+from trl_grpo_ext.rewards.remembering import plain_state, remembers
 from trl_grpo_ext.rewards.scores import Score, is_asynchronous
 from trl_grpo_ext.rewards.whole_groups import ask_for_whole_groups
 
@@ -41,6 +48,10 @@ class RewardSeams(EarlyRewardSeams):
         super().__init__(*args, **kwargs)
         if not self.extended:
             return
+        options, names = self.options, self.reward_func_names  # those of environments too
+        gates, limits = options.reward_gates, options.reward_clip
+        if problems := list(unknown_reward_problems(gates, limits, names=names)):
+            raise ConfigurationError(problems)
         for func in cast("list[Any]", self.reward_funcs):
             if hasattr(func, "prepare"):
                 func.prepare()
@@ -93,7 +104,9 @@ class RewardSeams(EarlyRewardSeams):
 
     def reward_states(self) -> dict[str, Any]:
         """Return what the rewards remember of the run, by their names."""
-        return {name: func.state_dict() for name, func in self._remembering()}
+        return {
+            name: plain_state(func.state_dict(), name=name) for name, func in self._remembering()
+        }
 
     def restore_rewards(self, states: dict[str, Any]) -> None:
         """Give the rewards back what they remembered."""
@@ -103,11 +116,7 @@ class RewardSeams(EarlyRewardSeams):
 
     def _remembering(self) -> list[tuple[str, Any]]:
         pairs = zip(self.reward_func_names, self.reward_funcs, strict=True)
-        return [
-            (name, func)
-            for name, func in pairs
-            if hasattr(func, "load_state_dict") and not isinstance(func, nn.Module)
-        ]
+        return [(name, func) for name, func in pairs if remembers(func)]
 
     # Scores ---------------------------------------------------------------------------------------
 

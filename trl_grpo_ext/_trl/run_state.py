@@ -105,7 +105,15 @@ class RunStateSeams(StoppingSeams):
             f"{checkpoint.name} is resumed as plain TRL does: {why}. Weights and optimizer go on; "
             "pending generations are drawn anew, so the run is not the undisturbed one."
         )
+        self._restore_rewards_of(checkpoint)
         return None
+
+    def _restore_rewards_of(self, checkpoint: Path) -> None:
+        """Give rewards what they remembered, which is the same on every process."""
+        path = checkpoint / _RUN_STATE.format(0)
+        if path.is_file():
+            kept = torch.load(path, map_location="cpu", weights_only=True)
+            self.restore_rewards(kept["state"].get("rewards", {}))
 
     def _compare_references(self, began_with: str) -> None:
         if began_with != self.reference_source and self.is_world_process_zero():

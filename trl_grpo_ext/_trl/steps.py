@@ -10,9 +10,11 @@ from torch import Tensor
 from transformers.utils import logging
 
 from trl_grpo_ext._trl.rewards import RewardSeams
+from trl_grpo_ext.rewards.combine import counting_steps
 from trl_grpo_ext.rewards.completion import completion_text
 from trl_grpo_ext.rewards.missing import ask_for_missing, with_stop
-from trl_grpo_ext.rewards.process_advantages import has_process_advantages
+from trl_grpo_ext.rewards.process_advantages import checked_steps, has_process_advantages
+from trl_grpo_ext.rewards.registry import log_name
 from trl_grpo_ext.rewards.scores import Score
 from trl_grpo_ext.rewards.step_tokens import step_tokens
 
@@ -40,15 +42,38 @@ class StepRewardSeams(RewardSeams):
         found = [i for i, func in enumerate(self.reward_funcs) if has_process_advantages(func)]
         return found[0] if self.extended and found else None
 
+    @property
+    def whole_rewards(self) -> list[int]:
+        """Which rewards score completions as a whole, so that each has one advantage by them."""
+        return [r for r in range(len(self.reward_funcs)) if r != self.process_reward]
+
+    def counting_steps(self, step_rewards_BT: Tensor, rewards_BR: Tensor) -> Tensor:
+        """Return what counts of the rewards of steps (``reward_gates``, ``reward_clip``)."""
+        assert self.process_reward is not None
+        gates, limits = self._gates_and_limits
+        names = self.reward_func_names
+        return counting_steps(
+            step_rewards_BT,
+            rewards_BR,
+            name=names[self.process_reward],
+            names=names,
+            gates=gates,
+            limits=limits,
+        )
+
     def _asking(self, func: Any, known: list[Score] | None, *, again: bool) -> Callable[..., Any]:
         if not has_process_advantages(func):
             return super()._asking(func, known, again=again)
+        index = cast(int, self.process_reward)  # while TRL calls, others stand in `reward_funcs`
         ask = with_stop(func.step_scores, self.is_asked_to_stop)
         if hasattr(func, "on_missing"):
             ask = self._refusable(ask)
 
         def asked(**columns: Any) -> list[Score]:
-            self._steps = list(ask_for_missing(ask, self._steps, columns))
+            found = ask_for_missing(ask, self._steps, columns)
+            texts = [completion_text(completion) for completion in columns["completions"]]
+            self._steps, num_bad = checked_steps(found, texts=texts, name=log_name(func))
+            self._count(index, num_bad)
             return cast("list[Score]", func.aggregated(self._steps))
 
         return asked

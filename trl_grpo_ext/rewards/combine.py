@@ -72,6 +72,44 @@ def counting_rewards(
     return torch.where(shut_B[:, None] & rest_R, counting_BR.clamp(max=0.0), counting_BR)
 
 
+def counting_steps(
+    step_rewards_BT: Tensor,
+    rewards_BR: Tensor,
+    *,
+    name: str,
+    names: Sequence[str],
+    gates: Gates,
+    limits: Limits,
+) -> Tensor:
+    """Return what counts of the rewards of steps: each is cut as the reward that gave them.
+
+    Args:
+        step_rewards_BT: Shape ``(B, T)``, reward units; NaN where no step ends, which stays.
+        rewards_BR: As in :func:`counting_rewards`.
+        name: Of the reward that gave the steps.
+        names: As in :func:`counting_rewards`.
+        gates: As in :func:`counting_rewards`.
+        limits: As in :func:`counting_rewards`.
+
+    Returns:
+        Shape ``(B, T)``.
+
+    Example:
+        >>> steps, rewards = torch.tensor([[0.9, 0.2]]), torch.tensor([[0.2, 0.0]])
+        >>> gates = {"format": 1.0}
+        >>> names = ["steps", "format"]
+        >>> counting_steps(steps, rewards, name="steps", names=names, gates=gates, limits={})
+        tensor([[0., 0.]])
+    """
+    if name in limits:
+        lowest, highest = limits[name]
+        step_rewards_BT = step_rewards_BT.clamp(lowest, highest)
+    if name in gates:
+        return step_rewards_BT
+    shut_B = shut_gates(rewards_BR, names=names, gates=gates)
+    return torch.where(shut_B[:, None], step_rewards_BT.clamp(max=0.0), step_rewards_BT)
+
+
 def combination_problems(gates: object, limits: object) -> Iterator[str]:
     """Yield what is wrong with the options ``reward_gates`` and ``reward_clip``.
 

@@ -2,13 +2,60 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from trl_grpo_ext.errors import RewardError
 
 
 def has_process_advantages(reward: object) -> bool:
     """Return whether the steps that this reward scores are to have advantages of their own."""
     return bool(getattr(reward, "process_advantages", False))
+
+
+def checked_steps(
+    values: Sequence[Any], *, texts: Sequence[str], name: str
+) -> tuple[list[Any], int]:
+    """Return the scores of steps, ``None`` for a completion with one that is not finite.
+
+    Args:
+        values: What ``step_scores`` returned: for each completion ``None``, or an object with
+            ``ends`` and ``scores``.
+        texts: Of the completions.
+        name: Of the reward.
+
+    Returns:
+        One a completion, and how many were not finite.
+
+    Raises:
+        RewardError: there is not one a completion, or one does not say of each step where it ends
+            and what its score is.
+    """
+    if len(values) != len(texts):
+        raise RewardError(
+            f"`step_scores` of the reward '{name}' returned {len(values)} values, but {len(texts)} "
+            "were expected. Return one a completion; None for one that could not be scored."
+        )
+    for steps, text in zip(values, texts, strict=True):
+        if steps is not None and not _is_sound(steps, text):
+            raise RewardError(
+                f"`step_scores` of the reward '{name}' returned {steps!r:.200} for a text of "
+                f"{len(text)} characters. Return `ends` that increase up to the length of the "
+                "text, and as many numbers in `scores`; None for what could not be scored."
+            )
+    finite = [s if s is None or all(map(math.isfinite, s.scores)) else None for s in values]
+    return finite, finite.count(None) - list(values).count(None)
+
+
+def _is_sound(steps: Any, text: str) -> bool:
+    try:
+        ends, scores = list(steps.ends), [float(score) for score in steps.scores]
+        rising = all(a < b for a, b in itertools.pairwise(ends))
+        return rising and 0 < len(ends) == len(scores) and ends[-1] == len(text)
+    except (AttributeError, TypeError, ValueError):
+        return False
 
 
 def process_advantage_problems(

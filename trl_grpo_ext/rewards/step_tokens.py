@@ -18,9 +18,9 @@ def step_tokens(
     before it; there must be a token a step for that.
 
     Args:
-        decode: From tokens to text. Each is called with a first part of ``ids``.
+        decode: From tokens to text; called with parts of ``ids``.
         ids: Tokens of the completion, at least one.
-        text: Of the completion. It stands somewhere in the decoded tokens.
+        text: Of the completion: the last that the decoded tokens say, but for what follows it.
         ends: Where each step ends in the text, in characters, increasing.
 
     Returns:
@@ -34,15 +34,29 @@ def step_tokens(
         >>> step_tokens(decode, [0, 1, 2, 3, 4], text="One.\n\nTwo.", ends=[6, 10])
         [1, 4]
     """
-    start = decode(list(ids)).find(text)
+    start = decode(list(ids)).rfind(text)
     if start < 0 or len(ends) > len(ids):
         return None
+    tokens, anchor, before = [], 0, 0  # a token to decode from, and the characters before it
+    for end in ends[:-1]:
 
-    def length(num_tokens: int) -> int:
-        return len(decode(list(ids[:num_tokens])).rstrip(_UNFINISHED))
+        def length(num: int, anchor: int = anchor, before: int = before) -> int:
+            return before + len(decode(list(ids[anchor:num])).rstrip(_UNFINISHED))
 
-    tokens = [bisect_left(range(len(ids)), start + end, lo=1, key=length) - 1 for end in ends[:-1]]
+        num = _first_at_least(start + end, length, low=anchor + 1, high=len(ids))
+        before = length(num) - len(decode([ids[num - 1]]))
+        anchor = num - 1
+        tokens.append(anchor)
     return _apart([*tokens, len(ids) - 1])
+
+
+def _first_at_least(wanted: int, length: Callable[[int], int], *, low: int, high: int) -> int:
+    """Return the least number of tokens with that length, looking near ``low`` first."""
+    width = 1
+    while low + width < high and length(low + width) < wanted:
+        width *= 2
+    top = min(low + width, high)
+    return min(bisect_left(range(top + 1), wanted, lo=low, hi=top, key=length), high)
 
 
 def _apart(tokens: list[int]) -> list[int]:

@@ -1,0 +1,79 @@
+"""What changes when something does that decides about the candidates, and what does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from trl import ModelConfig
+
+from trl_grpo_ext.rejection.options import RejectionArguments
+from trl_grpo_ext.rejection.provenance import made_with, prompt_ids, weights_digest
+
+REWARD = {"name": "math", "weight": 1.0, "arguments": {"api_key": "secret"}}
+
+
+def settings(weights: str = "some/model", **changes: Any) -> dict[str, Any]:
+    rewards = changes.pop("rewards", [REWARD])
+    model = ModelConfig(dtype=changes.pop("dtype", "float32"))
+    options = RejectionArguments(**{"output_dir": "out"} | changes)
+    return made_with(options, model=model, weights=weights, rewards=rewards)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"seed": 1}, {"temperature": 0.9}, {"num_generations": 4}, {"max_completion_length": 9}),
+        *({"top_p": 0.9}, {"top_k": 5}, {"generation_kwargs": {"min_p": 0.1}}),
+        *({"chat_template_kwargs": {"a": 1}}, {"weights": "another/model"}, {"dtype": "bfloat16"}),
+        *({"rewards": ["math"]}, {"rewards": [{**REWARD, "arguments": {"api_key": "other"}}]}),
+    ],
+)
+def test_what_shapes_candidates_changes_the_settings(changes: dict[str, Any]) -> None:
+    assert settings(**changes) != settings()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"best_n": 9}, {"correct_threshold": 0.9}, {"prompts_per_batch": 3}, {"output_dir": "b"}),
+        *({"scripts": ["Latin"]}, {"balance": "uniform"}, {"rewards": [{**REWARD, "weight": 2}]}),
+    ],
+)
+def test_what_chooses_among_candidates_does_not(changes: dict[str, Any]) -> None:
+    assert settings(**changes) == settings()
+
+
+def test_settings_hold_no_argument_of_a_reward() -> None:
+    assert "secret" not in str(settings())
+
+
+def test_weights_digest_changes_with_the_weights_not_with_the_place(tmp_path: Path) -> None:
+    def saved(name: str, weight: torch.Tensor) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file({"weight": weight}, folder / "model.safetensors")
+        return str(folder)
+
+    one, copy, other = (
+        saved(name, weight)
+        for name, weight in {
+            "one": torch.zeros(3),
+            "copy": torch.zeros(3),
+            "other": torch.tensor([0.0, 1e-6, 0.0]),
+        }.items()
+    )
+    assert weights_digest(one) == weights_digest(copy) != weights_digest(other)
+    assert weights_digest("some/model") is None
+    assert settings(one) == settings(copy) != settings(other)
+
+
+def test_prompt_ids_stand_for_all_that_a_reward_reads() -> None:
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "a", "answer": "2"}]
+    first, second = prompt_ids(Dataset.from_list(rows))
+    assert first != second
+    assert prompt_ids(Dataset.from_list(rows[::-1])) == [second, first]
