@@ -222,7 +222,7 @@ def test_evaluation_is_the_new_best_where_transformers_takes_it_for_that(
     callback.on_log(args, state, control, logs=logs)
     control.should_evaluate = True  # as for an evaluation that a resumed run repeats
     callback.on_log(args, state, control, logs=logs)
-    during, after, repeated = capsys.readouterr().out.splitlines()
+    _, during, after, repeated = capsys.readouterr().out.splitlines()
     assert ("new best" in during) is ("new best" in repeated) is is_best
     assert "new best" not in after
 
@@ -237,6 +237,7 @@ def test_end_of_a_resumed_run_counts_what_this_session_did(
     state.global_step, state.num_input_tokens_seen = 72, 123_000
     callback.on_log(args, state, control, logs={"train_loss": 0.1, "train_runtime": 130.0})
     assert capsys.readouterr().out == (
+        "going on after step 40/72\n"
         "done: 72 steps  since the resume: 32 steps  in 2:10  53,000 tokens\n"
     )
 

@@ -79,10 +79,12 @@ class StepLogCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget the pace of an earlier training, and note where this one begins."""
+        """Forget the pace of an earlier training, and note, and say, where this one begins."""
         self.pace = Pace()
         self._first_step, self._first_tokens = state.global_step, state.num_input_tokens_seen
         self._is_training = True
+        if state.is_world_process_zero and state.global_step:
+            print_line([Field(f"going on after step {state.global_step}/{state.max_steps}", 0)])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

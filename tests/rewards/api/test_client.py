@@ -252,6 +252,24 @@ def test_address_that_cannot_be_reached_is_tried_last_by_the_next_request() -> N
     assert hosts == ["a.example", "b.example", "b.example"]
 
 
+def test_nobody_there_is_said_once_in_an_outage(caplog: pytest.LogCaptureFixture) -> None:
+    refused = httpx2.ConnectError("refused")
+    service = Service(refused, refused, right, reply(503), right, refused)
+
+    async def work() -> None:
+        settings = APISettings(("https://user:pw@judge.example/v1",), max_attempts=3, deadline_s=90)
+        transport = httpx2.MockTransport(service)
+        async with RewardClient(settings, Lengths(), name="judge", transport=transport) as client:
+            for _ in range(3):
+                await client.ask(REQUEST)
+
+    run(work)
+    assert len(service.asked) == 8  # 3 for the first answer, 2 for the second, 3 for none
+    assert len(caplog.messages) == 2
+    assert caplog.messages[0].startswith("reward 'judge' does not reach https://judge.example")
+    assert "It asks again for up to 90 s a request." in caplog.messages[0]
+
+
 class Endless(httpx2.AsyncByteStream):
     """A body without an end; counts what was read of it."""
 

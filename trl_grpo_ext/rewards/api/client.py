@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ from trl_grpo_ext.rewards.api.retry import (
 from trl_grpo_ext.rewards.api.secret import excerpt, masked, read_key
 from trl_grpo_ext.rewards.api.settings import APISettings, shown_url
 from trl_grpo_ext.rewards.api.wire import Reply, UnreadableReplyError, WireProtocol, WireRequest
+
+logger = logging.getLogger(__name__)
 
 _HINTS = {
     401: "Check the key in the variable that `api_key_env` names.",
@@ -96,6 +99,7 @@ class RewardClient:
         self._limits = Limits(settings)
         self._endpoints = Endpoints([url.rstrip("/") for url in settings.base_urls], now=_now)
         self._uniform = uniform or default_uniform()
+        self._is_down = False  # and a warning has said so
 
     async def __aenter__(self) -> RewardClient:
         return self
@@ -164,7 +168,21 @@ class RewardClient:
                 if error.is_unreachable:
                     self._endpoints.rest(url)
         assert failed is not None, "there is at least one address"
+        self._warn(failed)
         raise failed
+
+    def _warn(self, failed: RetriableError) -> None:
+        """Say once in an outage that nobody is there, as it may be asked for long."""
+        if failed.is_unreachable and not self._is_down:
+            logger.warning(
+                "reward '%s' does not reach %s (%s). It asks again for up to %g s a request. See "
+                "that the service runs and that the address is right.",
+                self._name,
+                " or ".join(shown_url(url) for url in self._settings.base_urls),
+                self.shown(failed.reason),
+                self._settings.deadline_s,
+            )
+        self._is_down |= failed.is_unreachable
 
     async def _attempt(
         self, url: str, request: WireRequest, content: bytes, trail: _Trail
@@ -178,6 +196,7 @@ class RewardClient:
             reply = read_reply(self._protocol, request, exchange.body)
         except UnreadableReplyError as error:
             raise RetriableError(excerpt(str(error), key=self._key)) from None
+        self._is_down = False
         self._limits.count_tokens(reply.tokens, num_bytes=len(content))
         if has_non_finite(reply.scores):
             raise RetriableError("the reply has a score of NaN or infinity", partial=_finite(reply))
