@@ -25,6 +25,8 @@ quickstart: install ## Train SmolLM2-135M on one-digit sums: about five minutes 
 	$(LAUNCH) recipes/grpo.py --config recipes/configs/quickstart.yaml $(ARGS)
 
 quickstart-api: install ## The same, with its reward served by another process on this machine
+	@$(PY) -c "import socket; socket.create_server(('127.0.0.1', 8000)).close()" 2>/dev/null || \
+		{ echo "port 8000 is taken, where the reward would be served: stop what listens there"; exit 1; }
 	$(VENV)/bin/trl-grpo-ext serve-reward --reward last_number & trap "kill $$!" EXIT; \
 	$(LAUNCH) recipes/grpo.py --config recipes/configs/quickstart_api.yaml $(ARGS)
 

@@ -138,7 +138,7 @@ def test_numbers_of_a_real_judge_are_read_or_left_alone(judge: Judge) -> None:
 def test_judge_that_is_cut_off_scores_nothing(judge: Judge, verdict: str) -> None:
     (first, *_) = judge.checked(verdict=verdict, max_tokens=8)
     assert _body(first)["finish_reason"] == "length"
-    assert first.problem == "the judge did not finish"
+    assert first.problem == "the judge did not finish: raise `max_tokens`"
     with judge.reward(verdict=verdict, max_tokens=8) as reward:
         assert reward(prompts=[PROMPT] * 2, completions=ANSWERS[:2]) == [None, None]
         assert reward.statistics.unscored_fraction == 1

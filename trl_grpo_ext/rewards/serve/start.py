@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from typing import NoReturn
@@ -24,9 +25,9 @@ def serve_reward(settings: ServeSettings) -> None:
 
     Raises:
         ConfigurationError: Everything that keeps the server from starting.
-        SystemExit: After a signal, with status 0; with 1 if the port is taken.
+        SystemExit: After a signal, with status 0.
     """
-    if problems := list(serve_problems(settings)):
+    if problems := [*serve_problems(settings), *_port_problems(settings)]:
         raise ConfigurationError(problems)
     from trl_grpo_ext.rewards.serve.app import build_server  # needs the extra `serve`
 
@@ -37,6 +38,19 @@ def serve_reward(settings: ServeSettings) -> None:
             server.run()
     finally:
         backend.close()
+
+
+def _port_problems(settings: ServeSettings) -> Iterator[str]:
+    """Yield why the server could not listen, before a model loads."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        socket.create_server((settings.host, settings.port), family=family).close()
+    except OSError as error:
+        yield (
+            f"`port`={settings.port} on `host`={settings.host!r} cannot be listened on "
+            f"({error.strerror}), so nobody could ask. Stop what listens there, or choose another "
+            "`port` (--port; 0 takes a free one)."
+        )
 
 
 @contextlib.contextmanager

@@ -33,7 +33,8 @@ def finished_content(body: Any) -> tuple[str, int]:
     choice = array(entry(body, "choices"), length=1)[0]
     reason = entry(choice, "finish_reason")
     if not isinstance(reason, str) or reason not in _FINISHED:
-        unreadable("the judge did not finish")
+        remedy = ": raise `max_tokens`" if reason == "length" else ""
+        unreadable(f"the judge did not finish{remedy}")
     return without_thoughts(text(entry(entry(choice, "message"), "content"))), total_tokens(body)
 
 
