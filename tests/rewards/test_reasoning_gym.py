@@ -25,7 +25,7 @@ from trl_grpo_ext.rewards.reasoning_gym import ReasoningGymReward, scorer_row
 
 # `composite` is made of others; `codeio` draws other questions in every process.
 TASKS = sorted(set(reasoning_gym.factory.DATASETS) - {"composite", "codeio"})
-COUNTS = ("broken_rows", "refused_answers", "timeouts", "crashes")
+CAUSES = ("broken_rows", "refused_answers", "timeouts", "crashes")
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +47,13 @@ def tagged(*answers: object) -> list[str]:
 
 
 def counted(reward: ReasoningGymReward, answer: str, row: str) -> tuple[float | None, list[str]]:
-    """Return the score of an answer, and which counts it raised."""
+    """Return the score of an answer, and what was wrong with it."""
     metrics: dict[str, float] = {}
     [score] = reward(
         completions=tagged(answer), reasoning_gym=[row], log_metric=metrics.__setitem__
     )
-    assert list(metrics) == [f"rewards/reasoning_gym/{name}" for name in COUNTS]
-    return score, [name for name, count in zip(COUNTS, metrics.values(), strict=True) if count]
+    assert list(metrics) == [f"rewards/reasoning_gym/{name}_fraction" for name in CAUSES]
+    return score, [name for name, share in zip(CAUSES, metrics.values(), strict=True) if share]
 
 
 # Scores
@@ -125,6 +125,10 @@ def test_an_answer_that_the_scorer_raises_on_is_wrong_and_counted(
         reasoning_gym.get_score_answer_fn("prime_factorization")("seven", item)
     assert counted(reward, "seven", row) == (0.0, ["refused_answers"])
     assert counted(reward, str(item["answer"]), row) == (1.0, [])
+    shares: dict[str, float] = {}
+    answers = tagged("seven", item["answer"], "eight", "nine")
+    reward(completions=answers, reasoning_gym=[row] * 4, log_metric=shares.__setitem__)
+    assert shares["rewards/reasoning_gym/refused_answers_fraction"] == 3 / 4
 
 
 @pytest.mark.parametrize(

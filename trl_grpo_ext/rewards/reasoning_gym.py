@@ -16,10 +16,10 @@ from trl_grpo_ext.rewards.gym_process import GymProcess, Verdict
 COLUMN = "reasoning_gym"
 _LITERALS = (bool, int, float, complex, str, bytes, type(None))
 COUNTED: Mapping[str, str] = {  # verdict: metric
-    "broken": "broken_rows",
-    "refused": "refused_answers",
-    "late": "timeouts",
-    "died": "crashes",
+    "broken": "broken_rows_fraction",
+    "refused": "refused_answers_fraction",
+    "late": "timeouts_fraction",
+    "died": "crashes_fraction",
 }
 
 
@@ -104,9 +104,9 @@ class ReasoningGymReward:
 
         Args:
             completions: Texts, or lists of messages of which the last one is scored.
-            log_metric: Given the numbers of completions that no answer could be scored for
-                (``broken_rows``), whose answer the scorer raised an error on, took too long for, or
-                crashed on.
+            log_metric: Given the shares of completions that no answer could be scored for
+                (``broken_rows_fraction``), whose answer the scorer raised an error on, took too
+                long for, or crashed on.
             columns: What the scorer needs is the one called ``column``.
 
         Raises:
@@ -120,7 +120,8 @@ class ReasoningGymReward:
         if log_metric:
             counts = Counter(str(verdict) for verdict in verdicts)
             for verdict, name in COUNTED.items():
-                log_metric(f"rewards/{self.__name__}/{name}", float(counts[verdict]))
+                share = counts[verdict] / max(len(verdicts), 1)
+                log_metric(f"rewards/{self.__name__}/{name}", share)
         return [_reward(verdict) for verdict in verdicts]
 
     def answer(self, text: str) -> str | None:

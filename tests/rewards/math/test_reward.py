@@ -32,7 +32,7 @@ def test_reward_logs_what_was_not_scored() -> None:
     logged: dict[str, float] = {}
     reward = MathReward(log_as="maths")
     reward(completions=["1", "2", "3"], answer=["", "2", ""], log_metric=logged.__setitem__)
-    assert logged["rewards/maths/unparsable_gold"] == 2.0
+    assert logged["rewards/maths/unparsable_gold_fraction"] == 2 / 3
 
 
 def test_reward_names_the_missing_column() -> None:

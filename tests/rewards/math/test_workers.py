@@ -126,8 +126,8 @@ def test_reward_scores_the_others_when_a_power_tower_runs_out_of_time() -> None:
         log_metric=logged.__setitem__,
     )
     assert scores == [0.0, 1.0, 0.0, 0.0, 0.0]
-    lost = logged["rewards/math/timeouts"] + logged["rewards/math/crashes"]
-    assert lost in (0.0, 2.0)  # refused by the memory limit within the worker, or ended
+    lost = logged["rewards/math/timeouts_fraction"] + logged["rewards/math/crashes_fraction"]
+    assert lost in (0.0, 2 / 5)  # refused by the memory limit within the worker, or ended
     assert reward(completions=[r"\boxed{32^2}"], answer=["2^{10}"]) == [1.0]
     reward.close()
 
@@ -138,9 +138,9 @@ def test_reward_leaves_out_a_gold_answer_that_cannot_be_compared() -> None:
     scores = reward(completions=[r"\boxed{x}"] * 3, answer=golds, log_metric=logged.__setitem__)
     assert scores == [None, None, 0.0]
     assert logged == {
-        "rewards/math/unparsable_gold": 2.0,
-        "rewards/math/timeouts": 0.0,
-        "rewards/math/crashes": 0.0,
+        "rewards/math/unparsable_gold_fraction": 2 / 3,
+        "rewards/math/timeouts_fraction": 0.0,
+        "rewards/math/crashes_fraction": 0.0,
     }
     reward.close()
 

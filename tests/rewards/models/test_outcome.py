@@ -71,6 +71,14 @@ def test_score_is_the_logit_at_the_end_of_prompt_and_reply(orm_dir: Path) -> Non
     assert len({round(score, 3) for score in expected}) == 4
 
 
+def test_message_before_the_last_one_is_a_turn_of_its_own(orm_dir: Path) -> None:
+    [prompt], messages = in_turns(["1+1="], "user"), in_turns(["It", "is 2."], "assistant")
+    completion = [message for [message] in messages]
+    ids = build_tiny_tokenizer().apply_chat_template([*prompt, *completion])["input_ids"]
+    scores = make(orm_dir)(prompts=[prompt], completions=[completion])
+    assert scores == pytest.approx(logits_at(orm_dir, ids), abs=1e-5)
+
+
 def test_conversation_is_scored_at_the_end_of_its_template(orm_dir: Path) -> None:
     tokenizer = build_tiny_tokenizer()
     [score] = make(orm_dir)(
@@ -105,8 +113,8 @@ def test_reply_that_is_too_long_has_no_score_and_is_told_once(
     expected = [plain_score(orm_dir, "1+1=", "2")[0], plain_score(orm_dir, "", "12345")[0]]
     assert scores == [*(pytest.approx(score, abs=1e-5) for score in expected), None]
     assert logged == {
-        "rewards/outcome_model/too_long": 1.0,
-        "rewards/outcome_model/cut_prompts": 1.0,
+        "rewards/outcome_model/too_long_fraction": 1 / 3,
+        "rewards/outcome_model/cut_prompts_fraction": 1 / 3,
     }
     [record] = caplog.records
     assert "of more than 6 tokens, and 1 of 3 are longer" in record.getMessage()
@@ -261,7 +269,7 @@ def test_plain_trl_logs_it_by_its_name(tiny_model_dir: Path, orm_dir: Path, tmp_
     first, second = series(history, "rewards/outcome_model/mean")
     assert first == pytest.approx(0, abs=1e-6)  # the mean of the first batch is its own
     assert second != pytest.approx(0, abs=1e-6)
-    assert series(history, "rewards/outcome_model/too_long") == [0.0, 0.0]
+    assert series(history, "rewards/outcome_model/too_long_fraction") == [0.0, 0.0]
     assert reward.state_dict()["count"] == 16
 
 

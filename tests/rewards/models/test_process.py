@@ -211,8 +211,8 @@ def test_answer_longer_than_the_model_takes_is_none(
     assert short.scores == pytest.approx(loop.scores(PROMPT[-8:], ["a", "b"]), abs=1e-6)
     assert logged == {
         "rewards/process_model/steps_mean": pytest.approx(4 / 3),
-        "rewards/process_model/unscored": 1,
-        "rewards/process_model/cut_prompts": 2,
+        "rewards/process_model/unscored_fraction": 1 / 3,
+        "rewards/process_model/cut_prompts_fraction": 2 / 3,
     }
     assert (reward.failure, reward.num_failed) == ("", 0)
     [record] = [one for one in caplog.records if one.name.startswith("trl_grpo_ext")]
@@ -328,7 +328,7 @@ def test_reward_trains_in_the_plain_trainer(
     [logged] = [line for line in trainer.state.log_history if "reward" in line]
     assert 0 < logged["rewards/process_model/mean"] < 1
     assert logged["rewards/process_model/steps_mean"] == 1
-    assert logged["rewards/process_model/unscored"] == 0
+    assert logged["rewards/process_model/unscored_fraction"] == 0
 
 
 def test_reward_is_built_by_its_name(prm_dir: Path) -> None:

@@ -15,10 +15,15 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForTokenClassification,
     LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 from transformers.integrations import deepspeed
 
+from trl_grpo_ext.cpu_linear import OneDNNLinear
 from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.rewards.models.scoring_model import (
     Kind,
@@ -181,8 +186,40 @@ def test_language_model_is_refused_and_no_random_number_drawn(tiny_model_dir: Pa
 
 
 def test_model_of_the_other_kind_is_refused(orm_dir: Path, prm_dir: Path) -> None:
-    assert "('score.bias') that a sequence-classification model does not read" in refused(prm_dir)
-    assert "such as 'score.bias'), so its scores would be random" in refused(orm_dir, kind="token")
+    assert (
+        f"`model`='{prm_dir}' is a LlamaForTokenClassification, whose head is not that of a "
+        "sequence-classification model" in refused(prm_dir)
+    )
+    assert "is a LlamaForSequenceClassification" in refused(orm_dir, kind="token")
+
+
+def test_encoder_of_the_other_kind_is_refused_though_its_head_has_the_same_names(
+    tmp_path: Path,
+) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    bert = BertForSequenceClassification(BertConfig(vocab_size=128, **sizes))
+    distilled = DistilBertForTokenClassification(
+        DistilBertConfig(vocab_size=128, dim=8, hidden_dim=8, n_layers=1, n_heads=1)
+    )
+    for model, kind, other in ((bert, "sequence", "token"), (distilled, "token", "sequence")):
+        folder = tmp_path / kind
+        model.save_pretrained(folder)
+        build_tiny_tokenizer().save_pretrained(folder)
+        load(folder, kind=kind)
+        said = f"is a {type(model).__name__}, whose head is not that of a {other}-classification"
+        assert said in refused(folder, kind=other)
+
+
+def test_model_that_names_no_architecture_is_judged_by_its_weights(tmp_path: Path) -> None:
+    orm, prm = save_orm(tmp_path / "orm"), save_prm(tmp_path / "prm")
+    for folder in (orm, prm):
+        config = json.loads((folder / "config.json").read_text())
+        del config["architectures"]
+        (folder / "config.json").write_text(json.dumps(config))
+    load(orm)
+    load(prm, kind="token")
+    assert "('score.bias') that a sequence-classification model does not read" in refused(prm)
+    assert "such as 'score.bias'), so its scores would be random" in refused(orm, kind="token")
 
 
 @pytest.mark.parametrize("damage", [b"", b"not weights", b"\x00" * 4096])
@@ -234,6 +271,25 @@ def test_limit_is_the_smallest_of_settings_model_and_tokenizer(orm_dir: Path) ->
     assert load(orm_dir).max_tokens == 256  # positions; the tokenizer says 512
     assert load(orm_dir, max_tokens=100).max_tokens == 100
     assert load(orm_dir, max_tokens=1000).max_tokens == 256
+
+
+def test_positions_of_a_roberta_begin_behind_that_of_its_padding(tmp_path: Path) -> None:
+    config = RobertaConfig(
+        vocab_size=128,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_labels=1,
+        pad_token_id=1,
+        max_position_embeddings=20,
+    )
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    build_tiny_tokenizer().save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert model.max_tokens == 18  # positions 2 to 19
+    assert len(model.logits(draw_texts(18, 3))) == 2
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        model.logits(draw_texts(19))
 
 
 def test_tokenizer_may_be_another_folder(orm_dir: Path, tmp_path: Path) -> None:
@@ -301,6 +357,17 @@ def test_quantized_model_keeps_its_head(
     assert torch.equal(found["score"].weight, exact["score"].weight)
     up: Any = found["model.layers.1.mlp.up_proj"]
     assert up.weight.dtype in (torch.uint8, torch.int8)
+
+
+def test_float32_on_a_cpu_is_multiplied_in_onednn(wide_dir: Path) -> None:
+    texts, plain = draw_texts(20, 9), LlamaForSequenceClassification.from_pretrained(wide_dir)
+    model = load(wide_dir)
+    for found, text in zip(model.logits(texts), texts, strict=True):
+        with torch.no_grad():
+            expected = plain.eval()(input_ids=torch.tensor([text])).logits[0]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    linear = {type(layer) for layer in model.model.model.modules() if isinstance(layer, nn.Linear)}
+    assert linear == {OneDNNLinear if torch._C._has_mkldnn else nn.Linear}
 
 
 def test_weights_are_float32_on_a_cpu_and_bfloat16_if_asked(orm_dir: Path) -> None:

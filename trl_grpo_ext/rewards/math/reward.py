@@ -77,7 +77,7 @@ class MathReward:
 
         Args:
             completions: Texts, or lists of messages of which the last one is scored.
-            log_metric: Given the numbers of completions whose gold answer could not be read, whose
+            log_metric: Given the shares of completions whose gold answer could not be read, whose
                 comparison took too long, and whose comparison ended its process.
             columns: The gold answers are the one called ``answer_column``.
 
@@ -89,7 +89,8 @@ class MathReward:
         verdicts = self._judge.verdicts(list(zip(golds, replies, strict=True)))
         if log_metric:
             for name in COUNTED:
-                log_metric(f"rewards/{self.__name__}/{name}", float(verdicts.count(name)))
+                share = verdicts.count(name) / max(len(verdicts), 1)
+                log_metric(f"rewards/{self.__name__}/{name}_fraction", share)
         return [SCORES.get(verdict, 0.0) for verdict in verdicts]
 
     def answer(self, text: str) -> Hashable:

@@ -77,7 +77,7 @@ def load_model(
     except LOADING_ERRORS as error:
         raise ConfigurationError([_not_loaded(settings.model, kind, error)]) from error
     problems = [
-        *_head_problems(loaded, name=settings.model, kind=kind),
+        *_head_problems(model, loaded, name=settings.model, kind=kind),
         *_vocabulary_problems(model, tokenizer),
         *_pooling_problems(model, settings, kind=kind),
     ]
@@ -196,8 +196,16 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {*tokenizer.all_special_ids, *(index for index, token in added if token.special)}
 
 
-def _head_problems(loaded: dict[str, Any], *, name: str, kind: Kind) -> Iterator[str]:
-    if missing := sorted(loaded["missing_keys"]):
+def _head_problems(
+    model: PreTrainedModel, loaded: dict[str, Any], *, name: str, kind: Kind
+) -> Iterator[str]:
+    if others := [one for one in model.config.architectures or () if one.endswith(_others(kind))]:
+        yield (
+            f"`model`={name!r} is a {others[0]}, whose head is not that of a {kind}-classification "
+            "model, so its scores would be wrong. Use a model that scores each step as "
+            "`process_model`, and one that scores replies as `outcome_model`."
+        )
+    elif missing := sorted(loaded["missing_keys"]):
         yield (
             f"`model`={name!r} lacks {len(missing)} weights of a classification model (such as "
             f"{missing[0]!r}), so its scores would be random. Name a model that was trained to "
@@ -209,6 +217,11 @@ def _head_problems(loaded: dict[str, Any], *, name: str, kind: Kind) -> Iterator
             "model does not read, so its scores would be wrong. Use a model that scores each step "
             "as `process_model`, and one that scores replies as `outcome_model`."
         )
+
+
+def _others(kind: Kind) -> str:
+    """Return how the names of architectures of the other kind end."""
+    return "ForTokenClassification" if kind == "sequence" else "ForSequenceClassification"
 
 
 def _vocabulary_problems(

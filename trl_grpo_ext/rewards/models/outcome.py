@@ -122,8 +122,8 @@ class OutcomeModelReward:
         Args:
             prompts: Texts, or conversations.
             completions: Texts, or lists of messages of which the last one is scored.
-            log_metric: Given the numbers of replies that were too long and of prompts that were
-                cut, and the running mean and deviation.
+            log_metric: Given the shares of replies that were too long and of prompts that were cut,
+                and the running mean and deviation.
             columns: What else TRL passes is left alone.
 
         Raises:
@@ -198,8 +198,10 @@ class OutcomeModelReward:
         )
 
     def _figures(self, readings: Sequence[Reading | None]) -> Iterator[tuple[str, float]]:
-        yield "too_long", float(readings.count(None))
-        yield "cut_prompts", float(sum(reading.num_cut > 0 for reading in readings if reading))
+        num_replies = max(len(readings), 1)
+        num_cut = sum(reading.num_cut > 0 for reading in readings if reading)
+        yield "too_long_fraction", readings.count(None) / num_replies
+        yield "cut_prompts_fraction", num_cut / num_replies
         if self.normalize:
             yield "running_mean", self._moments.mean
             yield "running_std", self._moments.std
@@ -207,7 +209,14 @@ class OutcomeModelReward:
 
 def _reading(model: ScoringModel, prompt: Prompt, completion: Completion) -> Reading | None:
     before, text = whole_turns(model.tokenizer, prompt, completion)
-    return read(model.tokenizer, before, [text], max_tokens=model.max_tokens, add_eos=True)
+    return read(
+        model.tokenizer,
+        before,
+        [text],
+        max_tokens=model.max_tokens,
+        add_eos=True,
+        goes_on=before is prompt,
+    )
 
 
 def _of_all_processes(scores: Sequence[Score]) -> list[Score]:

@@ -143,9 +143,9 @@ class ProcessModelReward:
             prompts: Texts, or conversations.
             completions: Texts, or lists of messages of which the last one is scored.
             log_metric: Given ``rewards/<name>/steps_mean`` (steps a completion),
-                ``rewards/<name>/unscored`` (completions without a score) and
-                ``rewards/<name>/cut_prompts`` (prompts that lost tokens, so that the answer fits),
-                and of a service what ``APIReward`` logs.
+                ``rewards/<name>/unscored_fraction`` (share of completions without a score) and
+                ``rewards/<name>/cut_prompts_fraction`` (share of those whose prompt lost tokens, so
+                that the answer fits), and of a service what ``APIReward`` logs.
             should_stop: As for ``APIReward``; a model in this process does not ask.
             columns: Not used.
 
@@ -251,10 +251,13 @@ class ProcessModelReward:
         """Log the figures of a call; say once why the model could not score."""
         num_unscored = sum(of_one is None for of_one in scored)
         if log_metric:
-            mean = sum(map(len, steps)) / len(steps) if steps else 0.0
-            log_metric(f"rewards/{self.__name__}/steps_mean", mean)
-            log_metric(f"rewards/{self.__name__}/unscored", float(num_unscored))
-            log_metric(f"rewards/{self.__name__}/cut_prompts", float(self._source.num_cut))
+            totals = {
+                "steps_mean": sum(map(len, steps)),
+                "unscored_fraction": num_unscored,
+                "cut_prompts_fraction": self._source.num_cut,
+            }
+            for name, total in totals.items():
+                log_metric(f"rewards/{self.__name__}/{name}", total / max(len(steps), 1))
         if num_unscored > self.num_failed and not self._has_told:
             self._has_told = True
             logger.warning(

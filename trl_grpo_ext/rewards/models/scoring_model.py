@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_grpo_ext.cpu_linear import use_onednn
 from trl_grpo_ext.rewards.models.loading import load_model, resolve_device
 from trl_grpo_ext.rewards.models.offload import on_device
 from trl_grpo_ext.rewards.models.passes import plan_passes
@@ -53,8 +54,9 @@ class ScoringModel:
         """
         device = resolve_device(settings.device)
         model, tokenizer = load_model(settings, kind=kind, device=device)
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        limits = (settings.max_tokens, positions, tokenizer.model_max_length)
+        if device.type == "cpu":
+            use_onednn(model)
+        limits = (settings.max_tokens, _num_positions(model), tokenizer.model_max_length)
         return cls(
             model=model,
             tokenizer=tokenizer,
@@ -124,6 +126,19 @@ def forward_pass(
     if kind == "sequence":
         return list(logits)
     return [row[: len(text)] for row, text in zip(logits, texts, strict=True)]
+
+
+def _num_positions(model: PreTrainedModel) -> int | None:
+    """Return how many tokens have a position.
+
+    Models like RoBERTa count positions from the one after that of the padding.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - first if limit is None else int(limit) - first
+    return limit
 
 
 def _padded(texts: Sequence[Sequence[int]], *, pad_id: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from trl_grpo_ext.rewards.api.protocols.fence import without_control_tokens
 from trl_grpo_ext.rewards.api.protocols.options import ServiceProtocol
@@ -16,8 +16,10 @@ from trl_grpo_ext.rewards.api.protocols.reading import (
     total_tokens,
     unreadable,
 )
-from trl_grpo_ext.rewards.api.protocols.rendering import messages
+from trl_grpo_ext.rewards.api.protocols.rendering import messages, prompt_messages
 from trl_grpo_ext.rewards.api.wire import Item, Reply, WireRequest
+from trl_grpo_ext.rewards.completion import Message
+from trl_grpo_ext.rewards.models.reading import changed
 from trl_grpo_ext.rewards.models.step_reading import ReadSteps, Solution
 from trl_grpo_ext.rewards.models.steps import score_label
 
@@ -106,10 +108,14 @@ def _rows_of_steps(rows: Sequence[Any], request: WireRequest) -> Sequence[Any] |
     """Return the row of each step; ``None`` if it is not clear which that is."""
     if len(rows) == len(request.indices):
         return rows
-    ends = request.expected["ends"]
-    if ends and len(rows) == len(request.payload["input"]):
-        return [rows[end] for end in ends]
-    return None
+    if not (ends := request.expected["ends"]):
+        return None
+    ids = request.payload["input"]
+    tag = ids[ends[0]]
+    places = [place for place, index in enumerate(ids) if index == tag]  # of the prompt as well
+    if len(rows) == len(places):
+        return [row for place, row in zip(places, rows, strict=True) if place in ends]
+    return [rows[end] for end in ends] if len(rows) == len(ids) else None
 
 
 def step_items(
@@ -119,7 +125,7 @@ def step_items(
 
     That is token ids if there is a tokenizer to read with. Else it is text, a conversation as
     messages; the service may read special tokens in it, so a step cannot hold the tag, nor what
-    chat templates write between messages.
+    chat templates write between messages, and neither can earlier messages of the completion.
 
     Args:
         solution: With its steps.
@@ -145,7 +151,16 @@ def _sent_text(solution: Solution, tag: str) -> dict[str, Any]:
     answer = "".join(_untagged(step, tag) + tag for step in solution.steps)
     if isinstance(solution.prompt, str):
         return {"input": solution.prompt + answer}
-    return {"messages": messages(Item(solution.prompt, answer))}
+    said = solution.completion
+    earlier = [] if isinstance(said, str) else [_untagged_message(one, tag) for one in said[:-1]]
+    if not earlier:
+        return {"messages": messages(Item(solution.prompt, answer))}
+    before = prompt_messages([*solution.prompt, *earlier])
+    return {"messages": [*before, {"role": "assistant", "content": answer}]}
+
+
+def _untagged_message(message: Message, tag: str) -> Message:
+    return cast(Message, changed(message, lambda text: _untagged(text, tag)))
 
 
 def _untagged(step: str, tag: str) -> str:

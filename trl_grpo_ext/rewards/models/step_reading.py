@@ -62,7 +62,14 @@ def step_reader(tokenizer: PreTrainedTokenizerBase, *, tag: str, max_tokens: int
 
     def read_steps(solution: Solution) -> Reading | None:
         before, _ = whole_turns(tokenizer, solution.prompt, solution.completion)
-        return read(tokenizer, before, solution.steps, max_tokens=max_tokens, tag=tag)
+        return read(
+            tokenizer,
+            before,
+            solution.steps,
+            max_tokens=max_tokens,
+            tag=tag,
+            goes_on=before is solution.prompt,
+        )
 
     return read_steps
 
