@@ -112,7 +112,8 @@ def measure(trainer: ExtGRPOTrainer, recipe: Recipe, task: Task) -> Accuracy:
         chat_template_kwargs=recipe.training.chat_template_kwargs,
         accelerator=trainer.accelerator,
     )
-    refuse_outage(accuracy, trainer.reward_funcs[0], most=recipe.training.max_unscored_fraction)
+    most = recipe.training.max_unscored_fraction
+    refuse_outage(accuracy, trainer.reward_funcs[0], task.held_out, most=most)
     return accuracy
 
 
@@ -123,7 +124,7 @@ def summary(
     return {
         "accuracy_before": before.accuracy,
         "accuracy_after": after.accuracy,
-        "num_eval_prompts": before.num_prompts,
+        "num_eval_prompts": before.num_scored_prompts,
         "eval_samples": recipe.run.eval_samples,
         "num_processes": trainer.accelerator.num_processes,
         "steps": trainer.state.global_step,

@@ -17,12 +17,16 @@ from typing import Any
 import pandas
 import pytest
 import yaml
+from datasets import Dataset
 from rewards.api.services import Asked, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.errors import ConfigurationError, RewardOutageError
+from trl_grpo_ext.evaluation import Accuracy
 from trl_grpo_ext.recipe import (
     read_recipe,
+    refuse_outage,
+    run_recipe,
     set_cpu_threads,
 )
 
@@ -350,3 +354,43 @@ def test_an_accuracy_without_scores_is_refused(write: Any, tmp_path: Path) -> No
     assert "has no score for 8 of the 8 replies" in done.stderr
     assert "(HTTP 503)" in done.stderr
     assert "step 1/2" not in done.stdout
+
+
+def test_gates_of_rewards_that_are_not_there_are_found_by_a_dry_run(write: Any) -> None:
+    done = run([*write(reward_gates={"formatt": 1.0}), "--dry_run"])
+    assert done.returncode != 0
+    assert "`reward_gates` names 'formatt', but the rewards of this run are" in done.stderr
+
+
+def test_ctrl_c_outside_of_training_is_told_without_a_traceback(
+    write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(recipe: Any) -> int:
+        raise KeyboardInterrupt
+
+    assert run_recipe(interrupted, write()) == 130
+    assert capsys.readouterr().err.endswith("the same command starts again.\n")
+
+
+class OfCode:
+    """A reward of rows with tests; its service does not answer."""
+
+    on_missing, __name__, failure = "exclude", "code", "HTTP 503"
+
+    def applies(self, row: Any) -> bool:
+        return row["tests"] is not None
+
+
+def test_rows_that_a_reward_does_not_apply_to_are_no_outage() -> None:
+    rows = Dataset.from_dict({"prompt": ["a", "b", "c"], "tests": ["t", None, "t"]})
+
+    def measured(*scores: float | None) -> Accuracy:
+        return Accuracy(
+            accuracy=1.0, num_prompts=3, num_scored=0, completions=[""] * 6, scores=list(scores)
+        )
+
+    kept = measured(1.0, 0.0, None, None, 1.0, None)  # two replies a prompt
+    refuse_outage(kept, OfCode(), rows, most=0.25)
+    assert kept.num_scored_prompts == 2
+    with pytest.raises(RewardOutageError, match="no score for 2 of the 4 replies"):
+        refuse_outage(measured(1.0, None, None, None, 1.0, None), OfCode(), rows, most=0.25)

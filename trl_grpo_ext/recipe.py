@@ -30,7 +30,9 @@ from trl_grpo_ext.model_cache import load_model_config, model_problems
 from trl_grpo_ext.peers import is_told_elsewhere
 from trl_grpo_ext.reference.options import ReferenceSettings
 from trl_grpo_ext.report import Example
-from trl_grpo_ext.rewards.missing import excludes
+from trl_grpo_ext.rewards.combine import unknown_reward_problems
+from trl_grpo_ext.rewards.missing import excludes_without
+from trl_grpo_ext.rewards.registry import build_rewards, log_name, reward_problems
 
 _NUM_EXAMPLES = 6
 _LAUNCHER_THREADS = "1"  # what `accelerate launch` sets OMP_NUM_THREADS to unless told otherwise
@@ -175,7 +177,8 @@ def run_recipe(
 
     Returns:
         The exit code: that of ``run``, or 1 with the error on standard error, without a traceback,
-        if it is one that this package raises on purpose; once, whatever the number of processes.
+        if it is one that this package raises on purpose; once, whatever the number of processes;
+        130 after Ctrl-C.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # So that Ctrl-C reaches the run and not the launcher, `make` has the launcher ignore it.
@@ -190,25 +193,35 @@ def run_recipe(
         if not is_told_elsewhere(error):
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 1
+    except KeyboardInterrupt:  # outside of training, which saves first
+        sys.stderr.write("Interrupted. What is on disk stays; the same command starts again.\n")
+        return 128 + signal.SIGINT
 
 
-def refuse_outage(accuracy: Accuracy, reward: object, *, most: float) -> None:
+def refuse_outage(accuracy: Accuracy, reward: object, rows: Dataset, *, most: float) -> None:
     """Refuse an accuracy for which a service left too much without a score.
 
     Args:
         accuracy: As measured with the reward.
         reward: The first one of the recipe.
+        rows: Of the prompts; those that the reward does not apply to do not count.
         most: The largest share that may be missing.
 
     Raises:
         RewardOutageError: more is missing.
     """
-    num_missing = sum(score is None for score in accuracy.scores)
-    if not excludes(reward) or num_missing <= most * len(accuracy.scores):
+    size = len(accuracy.scores) // max(len(rows), 1)
+    asked = [
+        score
+        for at, score in enumerate(accuracy.scores)
+        if excludes_without(reward, rows[at // size])
+    ]
+    num_missing = asked.count(None)
+    if num_missing <= most * len(asked):
         return
     name, failure = getattr(reward, "__name__", "reward"), getattr(reward, "failure", "")
     raise RewardOutageError(
-        f"the reward '{name}' has no score for {num_missing} of the {len(accuracy.scores)} replies "
+        f"the reward '{name}' has no score for {num_missing} of the {len(asked)} replies "
         f"by which accuracy is measured{f' ({failure})' if failure else ''}, so it would say "
         "nothing. See that the service answers (`trl-grpo-ext check-reward`), and run the same "
         f"again, with `resume_from_checkpoint: {LAST_GOOD}` if it had trained."
@@ -359,7 +372,12 @@ def _problems(
             "`- name: last_number`."
         )
     yield from task_problems(task)
+    rewards = [] if reward_problems(task.rewards) else build_rewards(task.rewards)[0]
+    names = list(map(log_name, rewards))
     for config in training:
+        gates, limits = config.reward_gates, config.reward_clip
+        if names:
+            yield from unknown_reward_problems(gates, limits, names=names)
         yield from _training_problems(model, config)
 
 

@@ -239,7 +239,7 @@ def test_evaluate_accuracy_calls_the_reward_as_trl_does_and_counts_from_half_a_p
     assert (result.num_prompts, result.num_scored) == (5, 3)
     assert result.scores == [0.5, 0.49, None, 1.0, None]
     assert result.completions == expected
-    assert str(result) == "0.667 (3 replies to 5 held-out prompts)"
+    assert str(result) == "0.667 (3 replies to 3 of 5 held-out prompts)"
 
 
 def test_evaluate_accuracy_awaits_an_asynchronous_reward(

@@ -118,6 +118,17 @@ def test_outage_ends_the_run_and_a_few_missing_scores_do_not(
         sampler(2)([0])
 
 
+def test_rows_that_a_reward_does_not_apply_to_are_left_to_the_others(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    service = Service(3)
+    service.applies = lambda row: False  # type: ignore[attr-defined]
+    rewards: list[Any] = [rank, service]
+    sample = make_sampler(tiny_model, tiny_tokenizer, ROWS, rewards=rewards, options=options())
+    (found,) = sample([0])
+    assert [one.scored for one in found.candidates] == [True, True, True]
+
+
 def test_policy_is_loaded_for_sampling(tiny_model_dir: Any, tiny_model: PreTrainedModel) -> None:
     policy, tokenizer = load_policy(
         str(tiny_model_dir),

@@ -27,7 +27,13 @@ from trl_grpo_ext.rewards.combine import (
     shut_gates,
     unknown_reward_problems,
 )
-from trl_grpo_ext.rewards.missing import ask_for_missing, excludes, with_stop, without_excluded
+from trl_grpo_ext.rewards.missing import (
+    ask_for_missing,
+    excludes,
+    excludes_without,
+    with_stop,
+    without_excluded,
+)
 from trl_grpo_ext.rewards.process_advantages import has_process_advantages
 from trl_grpo_ext.rewards.remembering import plain_state, remembers
 from trl_grpo_ext.rewards.scores import Score, is_asynchronous
@@ -140,16 +146,8 @@ class RewardSeams(EarlyRewardSeams):
         return rewards_BR
 
     def _excluding_rows(self, inputs: list[dict[str, Any]]) -> Tensor:
-        """Where a missing score leaves the completion out, shape ``(B, R)`` of all processes.
-
-        That is where an excluding reward applies to the row: one that does not always has a method
-        ``applies``.
-        """
-        funcs = cast("list[Any]", self.reward_funcs)
-        local = [
-            [excludes(f) and (not hasattr(f, "applies") or bool(f.applies(row))) for f in funcs]
-            for row in inputs
-        ]
+        """Where a missing score leaves the completion out, shape ``(B, R)`` of all processes."""
+        local = [[excludes_without(func, row) for func in self.reward_funcs] for row in inputs]
         excluding_BR = torch.tensor(local, device=self.accelerator.device)
         return cast(Tensor, self.accelerator.gather(excluding_BR))
 

@@ -40,11 +40,19 @@ class Accuracy:
     completions: list[str]
     scores: list[float | None]
 
+    @property
+    def num_scored_prompts(self) -> int:
+        """Prompts with a scored completion."""
+        size = len(self.scores) // max(self.num_prompts, 1)
+        return len({at // size for at, score in enumerate(self.scores) if score is not None})
+
     def __str__(self) -> str:
         """Return one line for a terminal."""
         if not self.num_prompts:
             return "not measured (no held-out prompts, or sharded weights)"
-        replies = f"{self.num_scored} replies to {self.num_prompts} held-out prompts"
+        scored = self.num_scored_prompts
+        some = "" if scored == self.num_prompts else f"{scored} of "
+        replies = f"{self.num_scored} replies to {some}{self.num_prompts} held-out prompts"
         return f"{self.accuracy:.3f} ({replies})"
 
 

@@ -20,7 +20,7 @@ from trl_grpo_ext.errors import RewardOutageError
 from trl_grpo_ext.rejection.candidates import Candidate, Group
 from trl_grpo_ext.rejection.options import RejectionArguments, mapping
 from trl_grpo_ext.rejection.provenance import prompt_id
-from trl_grpo_ext.rewards.missing import excludes
+from trl_grpo_ext.rewards.missing import excludes_without
 from trl_grpo_ext.rewards.registry import RewardFunction
 from trl_grpo_ext.rewards.score_file import Completions, Scored, score_completions
 from trl_grpo_ext.sampling import GroupSamples, group_sample
@@ -93,10 +93,15 @@ def make_sampler(
         )
         found = as_completions(part, samples)
         scored = [score_completions(reward, found) for reward in rewards]
+        needs = {
+            reward: [
+                excludes_without(reward, row) for row in part for _ in range(samples.group_size)
+            ]
+            for reward in rewards
+        }
         for reward, one in zip(rewards, scored, strict=True):
-            _refuse_outage(reward, one, most=options.max_unscored_fraction)
+            _refuse_outage(reward, one, needs[reward], most=options.max_unscored_fraction)
         leaked = leaked_tokens(samples, tokenizer)
-        needed = [one for reward, one in zip(rewards, scored, strict=True) if excludes(reward)]
         flat = [
             Candidate(
                 index=at % options.num_generations,
@@ -105,7 +110,10 @@ def make_sampler(
                 finished=samples.finish_reasons[at] == "stop",
                 special_tokens=leaked[at],
                 scores={one.name: one.scores[at] for one in scored},
-                scored=all(one.scores[at] is not None for one in needed),
+                scored=all(
+                    one.scores[at] is not None or not needs[reward][at]
+                    for reward, one in zip(rewards, scored, strict=True)
+                ),
             )
             for at in range(len(samples.completions))
         ]
@@ -157,13 +165,16 @@ def _groups(indices: Sequence[int], rows: Dataset, flat: Sequence[Candidate]) ->
     ]
 
 
-def _refuse_outage(reward: RewardFunction, scored: Scored, *, most: float) -> None:
-    num_missing = sum(score is None for score in scored.scores)
-    if not excludes(reward) or num_missing <= most * len(scored.scores):
+def _refuse_outage(
+    reward: RewardFunction, scored: Scored, needed: Sequence[bool], *, most: float
+) -> None:
+    asked = [score for score, needs in zip(scored.scores, needed, strict=True) if needs]
+    num_missing = asked.count(None)
+    if num_missing <= most * len(asked):
         return
     failure = getattr(reward, "failure", "")
     raise RewardOutageError(
-        f"the reward '{scored.name}' has no score for {num_missing} of {len(scored.scores)} "
+        f"the reward '{scored.name}' has no score for {num_missing} of {len(asked)} "
         f"candidates{f' ({failure})' if failure else ''}, so right ones would be lost. See that "
         "the service answers (`trl-grpo-ext check-reward`), and start the same again: it goes on "
         "with this batch."

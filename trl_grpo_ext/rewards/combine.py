@@ -134,7 +134,8 @@ with which the other rewards count, such as {format: 1.0}."
         if given is not None and not isinstance(given, Mapping):
             yield (
                 f"`{option}` is {given!r}, which is no mapping, so it says of no reward what "
-                "counts. Write names of rewards and values."
+                "counts. Write names of rewards and values, such as {format: 1.0}; on the command "
+                "line as JSON, '{\"format\": 1.0}'."
             )
 
 

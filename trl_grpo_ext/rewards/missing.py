@@ -27,6 +27,16 @@ def excludes(reward: object) -> bool:
     return getattr(reward, "on_missing", "skip") == "exclude"
 
 
+def excludes_without(reward: object, row: Mapping[str, Any]) -> bool:
+    """Return whether a completion of this row is left out if this reward has no score for it.
+
+    That is where an excluding reward applies to the row: one that does not always has a method
+    ``applies``.
+    """
+    applies = getattr(reward, "applies", None)
+    return excludes(reward) and (applies is None or bool(applies(row)))
+
+
 def missing_problems(on_missing: object) -> Iterator[str]:
     """Yield what is wrong with the option."""
     if on_missing not in get_args(OnMissing):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from rewards.models.tiny_orm import logits_at, save_orm
+from rewards.models.tiny_orm import logits_at, save_orm, without_architecture
 from runs import series, settings, train
 from tiny import build_tiny_tokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -205,9 +205,12 @@ def test_constructor_refuses_what_cannot_work(orm_dir: Path, three_dir: Path) ->
     assert len(problems_of(three_dir, label=-1)) == 1
 
 
-def test_untrained_head_is_refused_when_the_model_is_loaded(tiny_model_dir: Path) -> None:
+def test_untrained_head_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="is a LlamaForCausalLM, a language model"):
+        make(tiny_model_dir)
+    nameless = without_architecture(tiny_model_dir, tmp_path / "nameless")
     with pytest.raises(ConfigurationError, match=r"'score.weight'.* its scores would be random"):
-        make(tiny_model_dir, label=0).prepare()
+        make(nameless, label=0).prepare()
 
 
 def test_reward_is_built_by_its_name(orm_dir: Path) -> None:
@@ -279,7 +282,8 @@ def test_trainer_loads_it_first_keeps_its_mean_and_freezes_it_in_evaluation(
     data = Dataset.from_dict({"prompt": ["1+1=", "2+2=", "3+3=", "4+4="]})
     options = settings(tmp_path, save_strategy="steps", save_steps=2, max_steps=4)
     options |= {"per_device_eval_batch_size": 4, "num_generations_eval": 2}
-    untrained, config = make(tiny_model_dir, label=0), ExtGRPOConfig(**options)
+    nameless = without_architecture(tiny_model_dir, tmp_path / "nameless")
+    untrained, config = make(nameless, label=0), ExtGRPOConfig(**options)
     with pytest.raises(ConfigurationError, match="its scores would be random"):
         ExtGRPOTrainer(str(tiny_model_dir), untrained, config, data)
 

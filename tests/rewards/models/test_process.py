@@ -240,8 +240,8 @@ def test_submitting_to_a_model_in_this_process_changes_nothing(prm_dir: Path) ->
 
 
 def test_prepare_says_what_is_wrong_with_the_model(tiny_model_dir: Path, prm_dir: Path) -> None:
-    with pytest.raises(ConfigurationError, match="lacks 2 weights of a classification model"):
-        build(tiny_model_dir).prepare()
+    with pytest.raises(ConfigurationError, match="is a LlamaForCausalLM, a language model"):
+        build(tiny_model_dir)
     with pytest.raises(ConfigurationError, match="`step_tag`='ки' is not in the vocabulary"):
         build(prm_dir, step_tag="ки").prepare()
 

@@ -8,7 +8,7 @@ from typing import Any
 import bitsandbytes.functional as quantization
 import pytest
 import torch
-from rewards.models.tiny_orm import logits_at, save_orm
+from rewards.models.tiny_orm import logits_at, save_orm, without_architecture
 from rewards.models.tiny_prm import PlainLoop, activated, save_prm
 from tiny import build_tiny_tokenizer
 from torch import nn
@@ -179,9 +179,13 @@ def test_wrong_padding_token_is_refused(orm_dir: Path, token: str, said: str) ->
 # What is no model that scores ---------------------------------------------------------------------
 
 
-def test_language_model_is_refused_and_no_random_number_drawn(tiny_model_dir: Path) -> None:
+def test_language_model_is_refused_and_no_random_number_drawn(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
     before = torch.get_rng_state()
-    assert "such as 'score.weight'), so its scores would be random" in refused(tiny_model_dir)
+    assert "is a LlamaForCausalLM, a language model" in refused(tiny_model_dir)
+    nameless = without_architecture(tiny_model_dir, tmp_path / "nameless")
+    assert "such as 'score.weight'), so its scores would be random" in refused(nameless)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,3 +53,12 @@ def logits_at(folder: Path, ids: Sequence[int], place: int = -1) -> list[float]:
         hidden = model.model(input_ids=torch.tensor([list(ids)])).last_hidden_state
         logits: list[float] = model.score(hidden[0, place]).tolist()
     return logits
+
+
+def without_architecture(folder: Path, copy: Path) -> Path:
+    """Copy a model whose configuration then does not say of what kind it is."""
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    del config["architectures"]
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.integrations import deepspeed
 
 from trl_grpo_ext.errors import ConfigurationError
-from trl_grpo_ext.rewards.models.settings import Kind, ModelSettings, read_config
+from trl_grpo_ext.rewards.models.settings import Kind, ModelSettings, kind_problems, read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # No such model, an unknown kind, weights that are damaged or do not fit, no package, no memory.
@@ -199,12 +199,8 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def _head_problems(
     model: PreTrainedModel, loaded: dict[str, Any], *, name: str, kind: Kind
 ) -> Iterator[str]:
-    if others := [one for one in model.config.architectures or () if one.endswith(_others(kind))]:
-        yield (
-            f"`model`={name!r} is a {others[0]}, whose head is not that of a {kind}-classification "
-            "model, so its scores would be wrong. Use a model that scores each step as "
-            "`process_model`, and one that scores replies as `outcome_model`."
-        )
+    if others := list(kind_problems(model.config, name=name, kind=kind)):
+        yield from others
     elif missing := sorted(loaded["missing_keys"]):
         yield (
             f"`model`={name!r} lacks {len(missing)} weights of a classification model (such as "
@@ -217,11 +213,6 @@ def _head_problems(
             "model does not read, so its scores would be wrong. Use a model that scores each step "
             "as `process_model`, and one that scores replies as `outcome_model`."
         )
-
-
-def _others(kind: Kind) -> str:
-    """Return how the names of architectures of the other kind end."""
-    return "ForTokenClassification" if kind == "sequence" else "ForSequenceClassification"
 
 
 def _vocabulary_problems(

@@ -21,6 +21,7 @@ from trl_grpo_ext.rewards.models.settings import (
     ModelSettings,
     Pooling,
     Quantization,
+    kind_problems,
     model_problems,
     read_config,
 )
@@ -241,7 +242,11 @@ def _problems(
     if problems := list(model_problems(settings)):
         yield from problems
         return
-    num_labels = int(read_config(settings.model).num_labels)
+    config = read_config(settings.model)
+    if problems := list(kind_problems(config, name=settings.model, kind="sequence")):
+        yield from problems
+        return
+    num_labels = int(config.num_labels)
     yield from _label_problems(settings.model, num_labels, label=label)
     if activation == "softmax" and num_labels == 1:
         yield (

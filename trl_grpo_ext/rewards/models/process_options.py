@@ -9,7 +9,12 @@ from typing import get_args
 
 from trl_grpo_ext.rewards.api.settings import APISettings
 from trl_grpo_ext.rewards.missing import missing_problems
-from trl_grpo_ext.rewards.models.settings import ModelSettings, model_problems, read_config
+from trl_grpo_ext.rewards.models.settings import (
+    ModelSettings,
+    kind_problems,
+    model_problems,
+    read_config,
+)
 from trl_grpo_ext.rewards.models.steps import Aggregate, score_label
 
 # `pooling` is of models that score a text at one token.
@@ -53,7 +58,11 @@ def label_problems(settings: ModelSettings, *, label: int | None) -> Iterator[st
     if problems := list(model_problems(settings)):
         yield from problems
         return
-    num_labels = int(read_config(settings.model).num_labels)
+    config = read_config(settings.model)
+    if problems := list(kind_problems(config, name=settings.model, kind="token")):
+        yield from problems
+        return
+    num_labels = int(config.num_labels)
     if score_label(label, num_labels=num_labels) is None:
         chosen = "is not set" if label is None else f"is {label}"
         yield (

@@ -64,6 +64,30 @@ def model_problems(settings: ModelSettings) -> Iterator[str]:
         yield _no_config(settings.model, error)
 
 
+def kind_problems(config: Any, *, name: str, kind: Kind) -> Iterator[str]:
+    """Yield why a model of this configuration has no head of the kind, as far as that says.
+
+    Args:
+        config: Of the model; one that names no architecture may be of any kind.
+        name: Of the model.
+        kind: That its head is to have.
+    """
+    other = "ForTokenClassification" if kind == "sequence" else "ForSequenceClassification"
+    named = [one for one in config.architectures or () if one.endswith(other)]
+    if named:
+        yield (
+            f"`model`={name!r} is a {named[0]}, whose head is not that of a {kind}-classification "
+            "model, so its scores would be wrong. Use a model that scores each step as "
+            "`process_model`, and one that scores replies as `outcome_model`."
+        )
+    elif any(one.endswith("ForCausalLM") for one in config.architectures or ()):
+        yield (
+            f"`model`={name!r} is a {config.architectures[0]}, a language model, which scores "
+            "nothing. Name a model that was trained to classify or to reward, not the language "
+            "model that it came from."
+        )
+
+
 def read_config(name: str) -> Any:
     """Return the configuration of a model; no code of its folder runs.
 
