@@ -27,7 +27,7 @@ def serve_reward(settings: ServeSettings) -> None:
         ConfigurationError: Everything that keeps the server from starting.
         SystemExit: After a signal, with status 0.
     """
-    if problems := [*serve_problems(settings), *_port_problems(settings)]:
+    if problems := list(serve_problems(settings)) or list(_port_problems(settings)):
         raise ConfigurationError(problems)
     from trl_grpo_ext.rewards.serve.app import build_server  # needs the extra `serve`
 
