@@ -96,7 +96,9 @@ class SeamedGRPOTrainer(StepRewardSeams):
             return output
         metrics, group_size = self._metrics[self._mode], self._group_size_in_mode
         for name, value in self.combination_metrics(rewards_BR).items():
-            metrics[name] = [*metrics[name][: -1 if name in TRL_TOTALS else None], value]
+            if name in TRL_TOTALS:
+                metrics[name].pop()
+            metrics[name].append(value)
         advantages = self.compute_advantages(rewards_BR, group_size, *self._steps_of_all(output))
         if advantages is not None:
             self._replace_advantages(output, advantages, group_size)
@@ -116,12 +118,16 @@ class SeamedGRPOTrainer(StepRewardSeams):
     ) -> None:
         mask_BT = output["completion_mask"]
         local = self._local(advantages).to(output["advantages"])
-        output["advantages"] = local if local.ndim == 1 else local[:, : mask_BT.shape[1]]
+        if advantages.ndim == 2:  # padded to the longest of all processes
+            local = local[:, : mask_BT.shape[1]]
+        output["advantages"] = local
         logged = self._logs["advantages"]
         for _ in range(min(len(logged), len(advantages))):
             logged.pop()
-        mean_B = self.accelerator.gather(mean_advantages(output["advantages"], mask_BT))
-        logged.extend(mean_B.tolist())
+        if advantages.ndim == 2:
+            logged.extend(self.accelerator.gather(mean_advantages(local, mask_BT)).tolist())
+        else:
+            logged.extend(advantages.tolist())
         silent_P = (advantages.reshape(len(advantages) // group_size, -1) == 0).all(dim=1)
         self._metrics[self._mode]["frac_reward_zero_std"][-1] = silent_P.float().mean().item()
 

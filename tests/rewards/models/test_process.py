@@ -235,8 +235,9 @@ def test_copies_have_settings_and_no_model(reward: ProcessModelReward) -> None:
 
 def test_submitting_to_a_model_in_this_process_changes_nothing(prm_dir: Path) -> None:
     reward = build(prm_dir)
+    [expected] = step_scores(reward, ANSWER)
     reward.submit(row={"prompt": PROMPT}, completion=ANSWER, completion_ids=[1], group_index=0)
-    reward.close()
+    assert step_scores(reward, ANSWER) == [expected]
 
 
 def test_prepare_says_what_is_wrong_with_the_model(tiny_model_dir: Path, prm_dir: Path) -> None:
