@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from trl_grpo_ext.errors import ConfigurationError
-from trl_grpo_ext.rewards.completion import Completion, completion_text
+from trl_grpo_ext.rewards.base import TextReward
 
 # The tags of each structure, in their order.
 STRUCTURES: Mapping[str, tuple[str, ...]] = {
@@ -16,7 +16,7 @@ STRUCTURES: Mapping[str, tuple[str, ...]] = {
 _TAG_NAME = re.compile(r"[A-Za-z_][\w.:|-]*")
 
 
-class FormatReward:
+class FormatReward(TextReward):
     r"""Return 1.0 for each reply that has the asked format, else 0.0.
 
     The format is a regular expression or a structure of tags; one of them is given. White space
@@ -69,13 +69,8 @@ class FormatReward:
         self.max_characters = max_characters
         self.__name__ = log_as
 
-    def __call__(
-        self, *, completions: Sequence[Completion], **columns: object
-    ) -> list[float | None]:
-        """Return one reward a completion; called by TRL with lists of equal length."""
-        return [self._score(completion_text(completion)) for completion in completions]
-
-    def _score(self, reply: str) -> float:
+    def score(self, reply: str) -> float:
+        """Return the reward of one reply."""
         if self.pattern is not None:
             text = reply.strip()
             matches = len(text) <= self.max_characters and self.pattern.fullmatch(text)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 from trl_grpo_ext.errors import ConfigurationError
-from trl_grpo_ext.rewards.completion import Completion, completion_text
+from trl_grpo_ext.rewards.base import TextReward
 
 # A script by the word with which Unicode's names of its letters begin.
 SCRIPTS: Mapping[str, str] = {
@@ -60,7 +60,7 @@ def script_counts(text: str) -> Counter[str]:
     return counts
 
 
-class LanguageReward:
+class LanguageReward(TextReward):
     """Return for each reply the share of its words that are in the wanted scripts, 0.0 to 1.0.
 
     This stands against the mixing of languages that DeepSeek-R1-Zero showed, such as Chinese in the
@@ -94,13 +94,8 @@ class LanguageReward:
         self.scripts = frozenset(wanted)
         self.__name__ = log_as
 
-    def __call__(
-        self, *, completions: Sequence[Completion], **columns: object
-    ) -> list[float | None]:
-        """Return one reward a completion; called by TRL with lists of equal length."""
-        return [self._score(completion_text(completion)) for completion in completions]
-
-    def _score(self, reply: str) -> float:
+    def score(self, reply: str) -> float:
+        """Return the reward of one reply."""
         counts = script_counts(reply)
         wanted = sum(count for script, count in counts.items() if script in self.scripts)
         return wanted / counts.total() if counts else 1.0

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 from trl_grpo_ext.errors import ConfigurationError
-from trl_grpo_ext.rewards.completion import Completion, completion_text
+from trl_grpo_ext.rewards.base import TextReward
 
 RepetitionUnit = Literal["words", "characters"]
 
@@ -34,7 +34,7 @@ def repeated_share(units: Sequence[str], *, ngram_size: int) -> float:
     return (total - len(distinct)) / total
 
 
-class RepetitionReward:
+class RepetitionReward(TextReward):
     """Return from ``max_penalty`` to 0.0 for each reply, by the share of repeated n-grams.
 
     Words are what white space separates, in any script, whatever their case. Scripts that are
@@ -73,13 +73,8 @@ class RepetitionReward:
         self.ngram_size, self.max_penalty, self.unit = ngram_size, max_penalty, unit
         self.__name__ = log_as
 
-    def __call__(
-        self, *, completions: Sequence[Completion], **columns: object
-    ) -> list[float | None]:
-        """Return one reward a completion; called by TRL with lists of equal length."""
-        return [self._score(completion_text(completion)) for completion in completions]
-
-    def _score(self, reply: str) -> float:
+    def score(self, reply: str) -> float:
+        """Return the reward of one reply."""
         words = reply.lower().split()
         units = words if self.unit == "words" else "".join(words)
         share = repeated_share(units, ngram_size=self.ngram_size)

@@ -125,7 +125,7 @@ def test_code_reward_scores_humaneval_rows_from_prompt_test_and_entry_point(
 def test_code_reward_leaves_nothing_behind() -> None:
     skip_unless_there("namespaces")
     before = set(psutil.Process().children(recursive=True))
-    folders, threads = set(os.listdir(tempfile.gettempdir())), threading.active_count()
+    folders, threads = set(os.listdir(tempfile.gettempdir())), set(threading.enumerate())
     descriptors = len(os.listdir("/proc/self/fd"))
     for level in LEVELS:
         if unavailable(level):
@@ -134,7 +134,7 @@ def test_code_reward_leaves_nothing_behind() -> None:
             reward(completions=[RIGHT, "while True: pass", "1 / 0"], tests=[DOUBLE] * 3)
     assert set(psutil.Process().children(recursive=True)) == before
     assert set(os.listdir(tempfile.gettempdir())) <= folders
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 

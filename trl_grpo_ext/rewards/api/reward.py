@@ -11,8 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.rewards.api.cache import ScoreCache, default_folder
@@ -24,6 +23,7 @@ from trl_grpo_ext.rewards.api.session import Session
 from trl_grpo_ext.rewards.api.settings import APISettings, api_problems, shown_url
 from trl_grpo_ext.rewards.api.statistics import RewardStatistics, summarize
 from trl_grpo_ext.rewards.api.wire import WireProtocol
+from trl_grpo_ext.rewards.base import Closing
 from trl_grpo_ext.rewards.completion import Completion
 from trl_grpo_ext.rewards.missing import OnMissing, missing_problems
 from trl_grpo_ext.rewards.scores import Score
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _living: weakref.WeakSet[APIReward] = weakref.WeakSet()
 
 
-class APIReward:
+class APIReward(Closing):
     """Return the scores that a service gives to completions; ``None`` where it gave none.
 
     Requests run concurrently in a thread of the object, which starts with the first call and ends
@@ -170,17 +170,6 @@ class APIReward:
             if self._session and not self._session.is_foreign:
                 self._session.close()
             self._session = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.settings.shown()}, name={self.__name__!r})"

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 from trl_grpo_ext.errors import ConfigurationError, RewardError
+from trl_grpo_ext.rewards.base import Closing
 from trl_grpo_ext.rewards.code.cases import Asserts, Case, read_tests
 from trl_grpo_ext.rewards.code.fusion import FusionServer
 from trl_grpo_ext.rewards.code.jail import Sandbox, SandboxError
@@ -42,7 +43,7 @@ class Scored:
     end: str
 
 
-class CodeReward:
+class CodeReward(Closing):
     """Return the share of its tests that the program in each completion passes.
 
     The program is what :func:`~trl_grpo_ext.rewards.code.program.program_text` finds. It runs in
@@ -165,12 +166,6 @@ class CodeReward:
     def close(self) -> None:
         """End the process that is kept for quick starts; a later call starts it again."""
         self.sandbox.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _rows(
         self, count: int, prompts: Sequence[Any] | None, columns: Mapping[str, Any]

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.rewards.base import Closing
 from trl_grpo_ext.rewards.completion import Completion
 from trl_grpo_ext.rewards.models.normalise import RunningMoments
 from trl_grpo_ext.rewards.models.reading import Prompt, Reading, read, whole_turns
@@ -32,7 +33,7 @@ Activation = Literal["none", "sigmoid", "softmax"]
 logger = logging.getLogger(__name__)
 
 
-class OutcomeModelReward:
+class OutcomeModelReward(Closing):
     """Return the score that a sequence-classification model gives to each reply.
 
     The model reads the prompt and the reply as one conversation, or one text. It is loaded at the

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.rewards.api.settings import APISettings
+from trl_grpo_ext.rewards.base import Closing
 from trl_grpo_ext.rewards.completion import Completion, completion_text
 from trl_grpo_ext.rewards.missing import OnMissing
 from trl_grpo_ext.rewards.models.local_steps import LocalSteps
@@ -35,7 +35,7 @@ from trl_grpo_ext.rewards.scores import Score
 logger = logging.getLogger(__name__)
 
 
-class ProcessModelReward:
+class ProcessModelReward(Closing):
     r"""Return the aggregate of the scores that a process reward model gives to the steps.
 
     The model classifies tokens; the score of a step is the probability of ``label`` at the last
@@ -222,17 +222,6 @@ class ProcessModelReward:
     def close(self) -> None:
         """Give back memory and connections; a later call takes them again."""
         self._source.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _steps(self, completion: Completion) -> list[str]:
         # A lone surrogate is no character that a tokenizer or JSON takes.
