@@ -9,10 +9,13 @@ from typing import Any
 
 from trl_grpo_ext.config import ExtensionOptions
 from trl_grpo_ext.data import TaskArguments
+from trl_grpo_ext.evaluation.policy import PolicyEvaluationArguments
 from trl_grpo_ext.metrics import METRICS, Metric
+from trl_grpo_ext.pipeline.options import R1Arguments
 from trl_grpo_ext.recipe import RunArguments
 from trl_grpo_ext.rejection.options import RejectionArguments
 from trl_grpo_ext.rewards.models.training_options import RewardModelArguments
+from trl_grpo_ext.sft.options import SFTArguments
 
 HERE = Path(__file__).parent / "reference"
 TABLE = "| option | default | what it does |\n|---|---|---|\n"
@@ -53,6 +56,9 @@ def pages() -> dict[str, str]:
         "config.md": TRAINER + _table(ExtensionOptions),
         "recipe.md": RECIPE
         + f"## Task\n\n{_table(TaskArguments)}\n## Run\n\n{_table(RunArguments)}"
+        + f"\n## recipes/sft.py\n\n{_table(SFTArguments)}"
+        + f"\n## recipes/r1.py\n\n{_table(R1Arguments)}"
+        + f"\n## recipes/evaluation.py\n\n{_table(PolicyEvaluationArguments)}"
         + f"\n## recipes/reward_model.py\n\n{_table(RewardModelArguments)}"
         + f"\n## recipes/rejection_sampling.py\n\n{_table(RejectionArguments)}",
         "metrics.md": METRICS_PAGE + "\n".join(map(_metric_table, METRICS)),

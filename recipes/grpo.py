@@ -24,16 +24,11 @@ from trl import get_peft_config, get_quantization_config
 
 from trl_grpo_ext import ExtGRPOTrainer
 from trl_grpo_ext.data import Task, load_task
-from trl_grpo_ext.evaluation import Accuracy, evaluate_accuracy
+from trl_grpo_ext.evaluation import Accuracy
+from trl_grpo_ext.evaluation.measuring import measure_accuracy
 from trl_grpo_ext.model_cache import prepare_model
-from trl_grpo_ext.recipe import (
-    Recipe,
-    compare_replies,
-    minutes_since_start,
-    refuse_outage,
-    run_recipe,
-)
-from trl_grpo_ext.report import library_versions, write_report
+from trl_grpo_ext.recipe import Recipe, compare_replies, run_recipe, summarize
+from trl_grpo_ext.report import write_report
 from trl_grpo_ext.rewards import build_rewards
 
 
@@ -51,7 +46,7 @@ def run(recipe: Recipe) -> int:
     if trainer.accelerator.is_main_process:
         report = write_report(
             output_dir,
-            summary=summary(trainer, recipe, before, after),
+            summary=summarize(trainer, recipe.run, before, after),
             log_history=trainer.state.log_history,
             settings=recipe.settings,
             examples=compare_replies(task.held_out, before, after),
@@ -95,43 +90,17 @@ def build_trainer(recipe: Recipe, task: Task) -> ExtGRPOTrainer:
 
 
 def measure(trainer: ExtGRPOTrainer, recipe: Recipe, task: Task) -> Accuracy:
-    """Return the accuracy on the held-out prompts, judged by the first reward of the YAML.
-
-    Of no prompt where FSDP or DeepSpeed shards the weights: `eval_strategy` measures there.
-    """
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    accuracy = evaluate_accuracy(
-        trainer.model,
-        trainer.processing_class,
-        task.held_out.select([]) if sharded else task.held_out,
-        is_correct=trainer.reward_funcs[0],
+    """Return the accuracy on the held-out prompts, judged by the first reward of the YAML."""
+    return measure_accuracy(
+        trainer,
+        task.held_out if recipe.run.measure_accuracy else task.held_out.select([]),
+        trainer.reward_funcs[0],
         max_new_tokens=recipe.training.max_completion_length,
-        batch_size=64,
         num_samples=recipe.run.eval_samples,
         temperature=recipe.training.temperature,
         chat_template_kwargs=recipe.training.chat_template_kwargs,
-        accelerator=trainer.accelerator,
+        max_unscored_fraction=recipe.training.max_unscored_fraction,
     )
-    most = recipe.training.max_unscored_fraction
-    refuse_outage(accuracy, trainer.reward_funcs[0], task.held_out, most=most)
-    return accuracy
-
-
-def summary(
-    trainer: ExtGRPOTrainer, recipe: Recipe, before: Accuracy, after: Accuracy
-) -> dict[str, object]:
-    """Return what summary.json holds."""
-    return {
-        "accuracy_before": before.accuracy,
-        "accuracy_after": after.accuracy,
-        "num_eval_prompts": before.num_scored_prompts,
-        "eval_samples": recipe.run.eval_samples,
-        "num_processes": trainer.accelerator.num_processes,
-        "steps": trainer.state.global_step,
-        "minutes": minutes_since_start(),
-        "seed": trainer.args.seed,
-        "versions": library_versions(),
-    }
 
 
 if __name__ == "__main__":

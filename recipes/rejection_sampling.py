@@ -46,7 +46,8 @@ from trl_grpo_ext.rejection.dataset import refuse_nothing_kept, select_candidate
 from trl_grpo_ext.rejection.option_checks import policy_problems, rejection_problems
 from trl_grpo_ext.rejection.options import RejectionArguments
 from trl_grpo_ext.rejection.provenance import made_with, prompt_ids
-from trl_grpo_ext.rejection.sampling import Sampler, load_policy, make_sampler
+from trl_grpo_ext.rejection.samplers import choose_sampler, load_draw
+from trl_grpo_ext.rejection.sampling import Sampler, make_sampler
 from trl_grpo_ext.rejection.tally import print_tally
 from trl_grpo_ext.report import library_versions
 from trl_grpo_ext.rewards import build_rewards
@@ -77,23 +78,19 @@ def run(recipe: Recipe) -> int:
 
 def sample_all(recipe: Recipe, rows: Dataset, state: PartialState) -> Path:
     """Return the folder with the replies to all prompts."""
-    options, task = recipe.options, recipe.task
+    options, task, model = recipe.options, recipe.task, recipe.model
+    source, cache = recipe.run.model_source, recipe.run.model_cache_dir
     with state.local_main_process_first():
-        base = prepare_model(
-            str(recipe.model.model_name_or_path),
-            source=recipe.run.model_source,
-            cache_dir=recipe.run.model_cache_dir,
-        )
+        base = prepare_model(str(model.model_name_or_path), source=source, cache_dir=cache)
+    chosen = choose_sampler(options, model=base)
 
     def make() -> Sampler:
-        policy, tokenizer = load_policy(
-            base, model=recipe.model, options=options, device=state.device
-        )
+        draw, tokenizer = load_draw(chosen, base, model=model, options=options, state=state)
         rewards, _ = build_rewards(task.rewards)
-        return make_sampler(policy, tokenizer, rows, rewards=rewards, options=options)
+        return make_sampler(draw, tokenizer, rows, rewards=rewards, options=options)
 
-    settings = made_with(options, model=recipe.model, weights=base, rewards=task.rewards)
-    return collect_candidates(rows, options=options, made_with=settings, make=make, state=state)
+    made = made_with(options, model=model, weights=base, rewards=task.rewards, sampler=chosen.name)
+    return collect_candidates(rows, options=options, made_with=made, make=make, state=state)
 
 
 def choose(recipe: Recipe, folder: Path, *, num_prompts: int) -> None:
@@ -130,17 +127,18 @@ def problems(
     yield from task_problems(task)
     yield from policy_problems(model)
     for given in options:
-        yield from rejection_problems(given)
+        yield from rejection_problems(given, model=str(model.model_name_or_path))
 
 
 def check(recipe: Recipe) -> str:
     """Return what ``--dry_run`` prints."""
     rows, options = load_task(recipe.task).train, recipe.options
     missing = missing_prompts(candidates_folder(options.output_dir), prompt_ids(rows))
+    sampler = choose_sampler(options, model=str(recipe.model.model_name_or_path))
     return (
         f"prompts: {rows.num_rows} x {options.num_generations} replies of at most "
         f"{options.max_completion_length} tokens; {rows.num_rows - len(missing)} prompts are "
-        f"sampled already\nfirst prompt: {rows[0]['prompt']!r}\n"
+        f"sampled already\nsampler: {sampler}\nfirst prompt: {rows[0]['prompt']!r}\n"
         "Dry run: everything was checked, no model was loaded."
     )
 

@@ -360,6 +360,50 @@ def test_step_advantages_equal_a_loop_over_steps(rows: list[list[float]]) -> Non
                 assert math.isclose(found, expected * spread, rel_tol=1e-6, abs_tol=1e-6)
 
 
+def test_step_advantages_against_their_position_by_hand() -> None:
+    # First steps 0.5 and 0.5, second ones 4 and 0: they are 0, 0, 2 and -2 above their means. The
+    # deviation of these four is sqrt(8 / 3). The third step stands alone at its place: 0.
+    rewards = torch.tensor([[0.5, NAN, 4.0, 9.0], [NAN, 0.5, NAN, 0.0]])
+    result = step_advantages(rewards, group_size=2, baseline="position", scale="none")
+    assert result.tolist() == [[2, 2, 2, 0], [-2, -2, -2, -2]]
+    scaled = step_advantages(rewards, group_size=2, baseline="position", eps=0.0)
+    # five steps with the third one's 0: sqrt(8 / 4)
+    torch.testing.assert_close(scaled, result / math.sqrt(2))
+
+
+def test_only_position_leaves_equal_completions_alone_where_later_steps_score_less() -> None:
+    right, wrong = [NAN, 0.9, NAN, 0.7], [NAN, 0.9, NAN, 0.3]
+    rewards = torch.tensor([right, right, right, wrong])
+    by_group = step_advantages(rewards, group_size=4)
+    by_position = step_advantages(rewards, group_size=4, baseline="position")
+    assert (by_group[:3, 3] < 0).all()
+    assert (by_position[:3] > 0).all()
+    assert (by_position[3] < 0).all()
+    same = step_advantages(rewards[:2], group_size=2, baseline="position")
+    assert not same.any()
+    assert not informative_step_groups(rewards[:2], group_size=2, baseline="position")
+    assert informative_step_groups(rewards[:2], group_size=2)
+
+
+@given(step_rows)
+def test_step_advantages_against_their_position_equal_a_loop(rows: list[list[float]]) -> None:
+    tensor = torch.tensor(rows, dtype=torch.float64)
+    result = step_advantages(tensor, group_size=2, baseline="position", scale="none")
+    for first in range(0, len(rows), 2):
+        steps = [[s for s in row if s == s] for row in rows[first : first + 2]]
+        means = [
+            statistics.fmean(row[k] for row in steps if k < len(row))
+            for k in range(max(map(len, steps)))
+        ]
+        num_steps = sum(map(len, steps))
+        for offset, row in enumerate(rows[first : first + 2]):
+            own = [score - mean for score, mean in zip(steps[offset], means, strict=False)]
+            for token in range(len(row)):
+                num_before = sum(s == s for s in row[:token])
+                expected = sum(own[num_before:]) if num_steps > 1 else 0.0
+                assert math.isclose(result[first + offset, token], expected, abs_tol=1e-9)
+
+
 def test_groups_with_steps_that_differ_are_informative() -> None:
     rewards = torch.tensor([[NAN, 1.0], [1.0, 1.0], [0.0, 1.0], [NAN, NAN], [1.0, NAN], [NAN, NAN]])
     assert informative_step_groups(rewards, group_size=2).tolist() == [False, True, False]
@@ -369,3 +413,8 @@ def test_groups_with_steps_that_differ_are_informative() -> None:
 def test_step_advantages_refuses_shapes(shape: tuple[int, ...], size: int) -> None:
     with pytest.raises(ValueError, match=r"shape|groups|group_size"):
         step_advantages(torch.zeros(shape), group_size=size)
+
+
+def test_step_advantages_refuses_an_unknown_baseline() -> None:
+    with pytest.raises(ValueError, match="`baseline` is 'row'; use one of group, position"):
+        step_advantages(torch.zeros(2, 2), group_size=2, baseline="row")  # type: ignore[arg-type]

@@ -484,8 +484,8 @@ def test_task_problems_counts_the_answers_when_the_pattern_is_not_in_them(tmp_pa
     path = write_jsonl(tmp_path / "data.jsonl", rows)
     arguments = TaskArguments(dataset=path, answer_pattern="#### (.+)", rewards=["last_number"])
     assert only_problem(arguments) == (
-        "`answer_pattern`='#### (.+)' is not found in 2 of 3 answers (the first in row 1), so "
-        "these have no gold answer. Correct `answer_pattern`, or remove the rows."
+        "`answer_pattern`='#### (.+)' is not found in 2 of 3 rows (the first is row 1), so "
+        "these have no answer. Correct `answer_pattern`, or remove the rows."
     )
 
 

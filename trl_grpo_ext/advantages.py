@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 AdvantageBaseline = Literal["mean", "leave_one_out"]
+StepBaseline = Literal["group", "position"]
 RewardScale = Literal["group", "batch", "none"]
 RewardAggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 
@@ -139,21 +140,26 @@ def step_advantages(
     step_rewards_BT: Tensor,
     *,
     group_size: int,
+    baseline: StepBaseline = "group",
     scale: RewardScale = "group",
     eps: float = STD_EPS,
 ) -> Tensor:
     r"""Return what each token's step and the steps after it earned, against the group's steps.
 
     .. math:: A_{g,t} = \sum_{j:\, e_{g,j} \ge t}
-        \frac{r_{g,j} - \mathrm{mean}(R)}{\mathrm{std}(R) + \epsilon}
+        \frac{r_{g,j} - b_j}{\mathrm{std} + \epsilon}
 
-    :math:`R` are the rewards of all steps of all completions of the group, and :math:`e_{g,j}` is
-    the last token of step :math:`j` of completion :math:`g`. The arithmetic is done in float64.
+    :math:`e_{g,j}` is the last token of step :math:`j` of completion :math:`g`, and the deviation
+    is that of what stands above the line. The arithmetic is done in float64.
 
     Args:
         step_rewards_BT: Shape ``(B, T)``, reward units: the reward of a step at its last token, NaN
             at all other tokens. A row of NaN is a completion that was not scored.
         group_size: ``G``, at least 2.
+        baseline: :math:`b_j`: the mean over all steps of the ``"group"`` [1], or over the group's
+            steps at the same ``"position"``. By the first, a step that scores like those of the
+            others at its place has a negative advantage if later steps score lower than earlier
+            ones; by the second it has none.
         scale: What to divide by: the deviation of the steps of the ``"group"`` [1], of those of the
             ``"batch"``, or ``"none"``.
         eps: Added to the deviation, reward units, not negative.
@@ -161,10 +167,11 @@ def step_advantages(
     Returns:
         Shape ``(B, T)``, dtype and device of the input; dimensionless, or reward units for
         ``"none"``. Exactly 0 after the last step, throughout a completion without scores, and
-        throughout a group whose steps are all equal, or of which fewer than two were scored.
+        throughout a group whose steps are all equal to their baseline, or of which fewer than two
+        were scored.
 
     Raises:
-        ValueError: a shape, ``group_size``, ``scale`` or ``eps`` is out of its range.
+        ValueError: a shape, ``group_size``, ``baseline``, ``scale`` or ``eps`` is out of its range.
 
     References:
         [1] Shao et al. 2024, DeepSeekMath, section 4.1.3, arXiv:2402.03300.
@@ -182,7 +189,10 @@ def step_advantages(
             "pass (completions, tokens)."
         )
     _check(len(step_rewards_BT), group_size, scale=scale, eps=eps)
-    rewards_PS = step_rewards_BT.double().reshape(-1, group_size * step_rewards_BT.shape[1])
+    if baseline not in get_args(StepBaseline):
+        known = ", ".join(get_args(StepBaseline))
+        raise ValueError(f"`baseline` is {baseline!r}; use one of {known}.")
+    rewards_PS = _against_position(step_rewards_BT.double(), group_size, baseline)
     earned_PS = _centred(rewards_PS, "mean") / _scale(rewards_PS, scale, eps)
     earned_PS = earned_PS.masked_fill(_silent(rewards_PS)[:, None], 0.0).nan_to_num(nan=0.0)
     earned_BT = earned_PS.view(step_rewards_BT.shape)
@@ -232,12 +242,15 @@ def informative_groups(
     return torch.stack([none_P, *(~_all_equal(column_PG) for column_PG in columns)]).any(dim=0)
 
 
-def informative_step_groups(step_rewards_BT: Tensor, *, group_size: int) -> Tensor:
+def informative_step_groups(
+    step_rewards_BT: Tensor, *, group_size: int, baseline: StepBaseline = "group"
+) -> Tensor:
     """Return which groups have steps whose rewards differ.
 
     Args:
-        step_rewards_BT: As in :func:`step_advantages`.
+        step_rewards_BT: As in :func:`step_advantages`, like the others.
         group_size: ``G``, at least 2.
+        baseline: What steps are compared with.
 
     Returns:
         Shape ``(P,)``, booleans.
@@ -247,7 +260,7 @@ def informative_step_groups(step_rewards_BT: Tensor, *, group_size: int) -> Tens
         >>> informative_step_groups(torch.tensor([[1.0, 0.0], [nan, 1.0]]), group_size=2)
         tensor([True])
     """
-    return ~_silent(step_rewards_BT.reshape(len(step_rewards_BT) // group_size, -1))
+    return ~_silent(_against_position(step_rewards_BT.double(), group_size, baseline))
 
 
 def weighted_reward(rewards_BR: Tensor, weights_R: Tensor) -> Tensor:
@@ -305,6 +318,25 @@ def _centred(rewards_PG: Tensor, baseline: AdvantageBaseline) -> Tensor:
     # r_i - mean of the others = (r_i - mean) * n / (n - 1)
     num_scored_P1 = (~rewards_PG.isnan()).sum(dim=1, keepdim=True)
     return centred_PG * num_scored_P1 / (num_scored_P1 - 1).clamp(min=1)
+
+
+def _against_position(step_rewards_BT: Tensor, group_size: int, baseline: StepBaseline) -> Tensor:
+    """Return the rewards of each group's steps, ``(P, S)``, less the mean at their position.
+
+    For ``"group"`` they are as they were. Rounding errors of equal rewards become exact zeros.
+    """
+    num_groups = len(step_rewards_BT) // group_size
+    if baseline == "group":
+        return step_rewards_BT.reshape(num_groups, -1)
+    is_end_BT = ~step_rewards_BT.isnan()
+    position_BT = is_end_BT.cumsum(dim=1) - 1
+    centred_BT = torch.full_like(step_rewards_BT, torch.nan)
+    for position in range(int(is_end_BT.sum(dim=1).max()) if len(is_end_BT) else 0):
+        at_BT = is_end_BT & (position_BT == position)
+        at_PS = step_rewards_BT.masked_fill(~at_BT, torch.nan).reshape(num_groups, -1)
+        compared_PS = _centred(at_PS, "mean").masked_fill(_all_equal(at_PS)[:, None], 0.0)
+        centred_BT = torch.where(at_BT, compared_PS.view_as(centred_BT), centred_BT)
+    return centred_BT.reshape(num_groups, -1)
 
 
 def _scale(rewards_PG: Tensor, scale: RewardScale, eps: float) -> Tensor:

@@ -11,9 +11,16 @@ from typing import Any, Literal, get_args
 
 from trl.trainer.grpo_config import GRPOConfig
 
-from trl_grpo_ext.advantages import STD_EPS, AdvantageBaseline, RewardAggregation, RewardScale
+from trl_grpo_ext.advantages import (
+    STD_EPS,
+    AdvantageBaseline,
+    RewardAggregation,
+    RewardScale,
+    StepBaseline,
+)
 from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.evaluation.options import EvaluationOptions, evaluation_problems
+from trl_grpo_ext.hub.options import HubOptions, hub_problems
 from trl_grpo_ext.log_options import LogOptions, log_problems
 from trl_grpo_ext.losses import (
     LOSS_TYPE_REDUCTIONS,
@@ -41,7 +48,7 @@ OldLogprobs = Literal["sampler", "recompute"]
 
 @dataclass
 class ExtensionOptions(
-    ReferenceOptions, EvaluationOptions, RewardOptions, RobustnessOptions, LogOptions
+    ReferenceOptions, EvaluationOptions, RewardOptions, RobustnessOptions, LogOptions, HubOptions
 ):
     """What this package adds to ``trl.GRPOConfig``.
 
@@ -53,8 +60,9 @@ class ExtensionOptions(
     Those of a subject stand with it: :class:`~trl_grpo_ext.reference.options.ReferenceOptions`,
     :class:`~trl_grpo_ext.evaluation.options.EvaluationOptions`,
     :class:`~trl_grpo_ext.rewards.options.RewardOptions`,
-    :class:`~trl_grpo_ext.robustness.RobustnessOptions` and
-    :class:`~trl_grpo_ext.log_options.LogOptions`.
+    :class:`~trl_grpo_ext.robustness.RobustnessOptions`,
+    :class:`~trl_grpo_ext.log_options.LogOptions` and
+    :class:`~trl_grpo_ext.hub.options.HubOptions`.
     """
 
     extensions: bool = field(
@@ -116,6 +124,13 @@ class ExtensionOptions(
         default="mean",
         metadata={
             "help": "What a completion is compared with: 'mean' of its group, or 'leave_one_out'."
+        },
+    )
+    step_baseline: StepBaseline = field(
+        default="group",
+        metadata={
+            "help": "With `process_advantages`, what a step is compared with: the mean of all "
+            "steps of the 'group' (DeepSeekMath), or of its steps at the same 'position'."
         },
     )
     advantage_eps: float = field(
@@ -200,6 +215,15 @@ def configuration_problems(config: GRPOConfig) -> Iterator[str]:
         yield problem
     yield from _sampler_problems(config, options)
     yield from log_problems(options)
+    if options.extensions:
+        yield from hub_problems(
+            options,
+            push_to_hub=config.push_to_hub,
+            log_completions=config.log_completions,
+            output_dir=config.output_dir,
+            hub_model_id=config.hub_model_id,
+            hub_token=config.hub_token,
+        )
     yield from reward_option_problems(options)
     yield from robustness_problems(options)
     yield from evaluation_problems(
@@ -231,6 +255,7 @@ def _unknown_values(config: GRPOConfig, options: ExtensionOptions) -> Iterator[s
     scale = booleans.get(config.scale_rewards, config.scale_rewards)
     for name, value, known in (
         ("advantage_baseline", options.advantage_baseline, get_args(AdvantageBaseline)),
+        ("step_baseline", options.step_baseline, get_args(StepBaseline)),
         ("group_sampler", options.group_sampler, get_args(GroupSampler)),
         ("shared_prefix", options.shared_prefix, get_args(SharedPrefixMode)),
         ("old_logprobs", options.old_logprobs, get_args(OldLogprobs)),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from trl_grpo_ext.data_checks import (
-    answer_text,
+    cell_text,
     count_problems,
     reward_column_problems,
     setting_problems,
@@ -39,10 +39,11 @@ class TaskArguments:
     """What to train on, and how replies are scored; one YAML key a field."""
 
     dataset: str = field(
+        default="",
         metadata={
             "help": "A reasoning-gym task ('reasoning_gym:chain_sum'), a local .jsonl, .json, "
             ".parquet or .csv file, a local folder, or the name of a dataset on the Hub."
-        }
+        },
     )
     dataset_arguments: dict[str, object] | str | None = field(
         default=None,
@@ -71,6 +72,20 @@ class TaskArguments:
         metadata={
             "help": "A regular expression whose first group is the gold answer within the answer "
             "column; '#### (.+)' for GSM8K."
+        },
+    )
+    solution_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "The column with a worked-out solution, which fine-tuning (recipes/sft.py) "
+            "imitates; it may be the answer column."
+        },
+    )
+    solution_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "A regular expression whose first group is the solution within its column; "
+            "'(?s)(.*?)\\s*####' for GSM8K."
         },
     )
     keep_answers: str | None = field(
@@ -124,6 +139,15 @@ class TaskArguments:
         if isinstance(self.rewards, str | Mapping):
             self.rewards = [self.rewards]
 
+    @property
+    def extracted_columns(self) -> list[tuple[str, str, str | None]]:
+        """What is read out of columns of texts: its name, the column, and the pattern for it."""
+        named = (
+            ("answer", self.answer_column, self.answer_pattern),
+            ("solution", self.solution_column, self.solution_pattern),
+        )
+        return [(name, column, pattern) for name, column, pattern in named if column is not None]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -131,7 +155,8 @@ class Task:
 
     Args:
         train: Columns ``prompt`` (a list of messages), ``answer`` (text; absent without an
-            `answer_column`), and the other columns of the source, which rewards may ask for.
+            `answer_column`), ``solution`` (text; with a `solution_column` only), and the other
+            columns of the source, which rewards may ask for.
         held_out: The same columns; no rows if nothing was asked to be held out.
     """
 
@@ -160,6 +185,8 @@ def load_task(arguments: TaskArguments) -> Task:
         (4, ['prompt', 'answer', 'reasoning_gym'])
     """
     problems = setting_problems(arguments) + _example_problems(arguments)
+    if not arguments.dataset:
+        raise ConfigurationError(problems)
     try:
         sources = _read_sources(arguments)
     except ConfigurationError as error:
@@ -224,7 +251,8 @@ def _kept(source: Dataset, arguments: TaskArguments) -> list[int]:
         return list(range(source.num_rows))
     keep = re.compile(arguments.keep_answers)
     answers = source[arguments.answer_column]
-    return [i for i, value in enumerate(answers) if keep.fullmatch(_answer(value, arguments))]
+    pattern = arguments.answer_pattern
+    return [i for i, value in enumerate(answers) if keep.fullmatch(_extracted(value, pattern))]
 
 
 def _unseen(sources: Sequence[Dataset], arguments: TaskArguments) -> list[int]:
@@ -251,16 +279,17 @@ def _task_rows(source: Dataset, arguments: TaskArguments) -> Dataset:
     columns: dict[str, list[object]]
     columns = {"prompt": [_messages(prompt, arguments) for prompt in prompts]}
     features = Features({"prompt": MESSAGES if _is_text(kind) else kind})
-    if arguments.answer_column is not None:
-        columns["answer"] = [_answer(a, arguments) for a in source[arguments.answer_column]]
-        features["answer"] = Value("string")
+    for name, column, pattern in arguments.extracted_columns:
+        columns[name] = [_extracted(value, pattern) for value in source[column]]
+        features[name] = Value("string")
     rows, others = Dataset.from_dict(columns, features=features), _other_columns(source, arguments)
     return concatenate_datasets([rows, source.select_columns(others)], axis=1) if others else rows
 
 
 def _other_columns(source: Dataset, arguments: TaskArguments) -> list[str]:
     """Return the columns that rewards may ask for, without those that TRL itself passes."""
-    used = {arguments.prompt_column, arguments.answer_column, "prompt", "answer", "completion"}
+    used = {arguments.prompt_column, "prompt", "answer", "completion"}
+    used |= {part for name, column, _ in arguments.extracted_columns for part in (name, column)}
     return [name for name in source.column_names if name not in used | TRL_ARGUMENTS]
 
 
@@ -299,13 +328,13 @@ def _is_str(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _answer(value: object, arguments: TaskArguments) -> str:
-    """Return the gold answer in a value of the answer column."""
-    text = answer_text(value)
-    if arguments.answer_pattern is None:
+def _extracted(value: object, pattern: str | None) -> str:
+    """Return what is read out of a value of a column of texts."""
+    text = cell_text(value)
+    if pattern is None:
         return text
-    match = re.search(arguments.answer_pattern, text)
-    assert match, "source_problems lets only matching answers through"
+    match = re.search(pattern, text)
+    assert match, "source_problems lets only matching texts through"
     return (match[1] or "").strip()
 
 

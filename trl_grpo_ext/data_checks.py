@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def setting_problems(arguments: TaskArguments) -> list[str]:
     """Return what is wrong with the arguments whatever the data holds."""
-    problems = []
+    problems = [] if arguments.dataset else [_no_dataset()]
     if isinstance(arguments.dataset_arguments, str):
         problems.append(_no_mapping(arguments.dataset_arguments))
     if "{prompt}" not in arguments.prompt_template:
@@ -47,25 +47,36 @@ def _keep_problems(arguments: TaskArguments) -> list[str]:
 
 
 def _pattern_problems(arguments: TaskArguments) -> list[str]:
-    pattern = arguments.answer_pattern
-    if pattern is None:
-        return []
-    if arguments.answer_column is None:
-        return [_pattern_without_column(pattern)]
+    given = {
+        "answer": (arguments.answer_pattern, arguments.answer_column),
+        "solution": (arguments.solution_pattern, arguments.solution_column),
+    }
+    found = [
+        _pattern_problem(name, pattern, column)
+        for name, (pattern, column) in given.items()
+        if pattern is not None
+    ]
+    return [problem for problem in found if problem is not None]
+
+
+def _pattern_problem(name: str, pattern: str, column: str | None) -> str | None:
+    if column is None:
+        return _pattern_without_column(name, pattern)
     try:
         num_groups = re.compile(pattern).groups
     except re.error as error:
-        return [_bad_pattern(pattern, f"is not a regular expression ({error})")]
-    return [] if num_groups else [_bad_pattern(pattern, "has no group in parentheses")]
+        return _bad_pattern(name, pattern, f"is not a regular expression ({error})")
+    return None if num_groups else _bad_pattern(name, pattern, "has no group in parentheses")
 
 
 def source_problems(source: Dataset, arguments: TaskArguments) -> list[str]:
     """Return what is wrong with the columns of a source and the values in them."""
-    wanted = {"prompt_column": arguments.prompt_column, "answer_column": arguments.answer_column}
+    wanted = {"prompt_column": arguments.prompt_column}
+    wanted |= {f"{name}_column": column for name, column, _ in arguments.extracted_columns}
     missing = {k: v for k, v in wanted.items() if v and v not in source.column_names}
     if missing:
         return [_no_column(key, name, source.column_names) for key, name in missing.items()]
-    return _prompt_problems(source, arguments) + _answer_problems(source, arguments)
+    return _prompt_problems(source, arguments) + _unmatched_problems(source, arguments)
 
 
 def _prompt_problems(source: Dataset, arguments: TaskArguments) -> list[str]:
@@ -89,17 +100,20 @@ def _is_message(message: object) -> bool:
     return isinstance(message, Mapping) and isinstance(message.get("role"), str)
 
 
-def _answer_problems(source: Dataset, arguments: TaskArguments) -> list[str]:
-    """Return whether the pattern, if it is one, leaves answers out."""
-    if arguments.answer_pattern is None or _pattern_problems(arguments):
-        return []
-    answers = [answer_text(value) for value in source[arguments.answer_column]]
-    bad = [i for i, answer in enumerate(answers) if not re.search(arguments.answer_pattern, answer)]
-    return [_unmatched(arguments.answer_pattern, bad, len(answers))] if bad else []
+def _unmatched_problems(source: Dataset, arguments: TaskArguments) -> list[str]:
+    """Return whether a pattern, if it is one, leaves texts out."""
+    problems = []
+    for name, column, pattern in arguments.extracted_columns:
+        if pattern is None or _pattern_problem(name, pattern, column):
+            continue
+        texts = [cell_text(value) for value in source[column]]
+        if bad := [index for index, text in enumerate(texts) if not re.search(pattern, text)]:
+            problems.append(_unmatched(name, pattern, bad, len(texts)))
+    return problems
 
 
-def answer_text(value: object) -> str:
-    """Return the text in a value of the answer column: empty where there is none."""
+def cell_text(value: object) -> str:
+    """Return the text in a value of a column: empty where there is none."""
     return "" if value is None else str(value)
 
 
@@ -179,25 +193,32 @@ def _bad_count(key: str, count: int, *, least: int) -> str:
     )
 
 
-def _bad_pattern(pattern: str, fault: str) -> str:
+def _bad_pattern(name: str, pattern: str, fault: str) -> str:
+    example = {"answer": "'#### (.+)'", "solution": r"'(?s)(.*?)\s*####'"}[name]
     return (
-        f"`answer_pattern`={pattern!r} {fault}, so no gold answer can be extracted. Correct it, "
-        "such as '#### (.+)', or leave it out to take the whole answer column."
+        f"`{name}_pattern`={pattern!r} {fault}, so no {name} can be extracted. Correct it, "
+        f"such as {example}, or leave it out to take the whole column."
     )
 
 
-def _pattern_without_column(pattern: str) -> str:
+def _pattern_without_column(name: str, pattern: str) -> str:
     return (
-        f"`answer_pattern`={pattern!r} is set but `answer_column` is null, so there is nothing to "
-        "extract from. Set `answer_column`, or leave `answer_pattern` out."
+        f"`{name}_pattern`={pattern!r} is set but `{name}_column` is null, so there is nothing to "
+        f"extract from. Set `{name}_column`, or leave `{name}_pattern` out."
     )
 
 
-def _unmatched(pattern: str, bad: Sequence[int], total: int) -> str:
+def _unmatched(name: str, pattern: str, bad: Sequence[int], total: int) -> str:
     return (
-        f"`answer_pattern`={pattern!r} is not found in {len(bad)} of {total} answers (the first "
-        f"in row {bad[0]}), so these have no gold answer. Correct `answer_pattern`, or remove the "
-        "rows."
+        f"`{name}_pattern`={pattern!r} is not found in {len(bad)} of {total} rows (the first is "
+        f"row {bad[0]}), so these have no {name}. Correct `{name}_pattern`, or remove the rows."
+    )
+
+
+def _no_dataset() -> str:
+    return (
+        "`dataset` is not set, so there are no prompts. Set it to a file or folder, "
+        "'reasoning_gym:TASK', or a name on the Hub."
     )
 
 

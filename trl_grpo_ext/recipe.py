@@ -17,21 +17,21 @@ import psutil
 import torch
 import yaml
 from datasets import Dataset
+from transformers import Trainer
 from trl import ModelConfig, TrlParser
 
 from trl_grpo_ext.checkpointing import LAST_GOOD
 from trl_grpo_ext.config import ExtGRPOConfig
 from trl_grpo_ext.data import Task, TaskArguments, load_task, task_problems
-from trl_grpo_ext.errors import ConfigurationError, ExtGRPOError, RewardOutageError
+from trl_grpo_ext.errors import ConfigurationError, ExtGRPOError
 from trl_grpo_ext.evaluation import Accuracy
 from trl_grpo_ext.memory import MemoryEstimate, available_memory_bytes, estimate_memory
 from trl_grpo_ext.memory import ReferenceKind as MemoryReference
 from trl_grpo_ext.model_cache import load_model_config, model_problems
 from trl_grpo_ext.peers import is_told_elsewhere
 from trl_grpo_ext.reference.options import ReferenceSettings
-from trl_grpo_ext.report import Example
+from trl_grpo_ext.report import Example, library_versions
 from trl_grpo_ext.rewards.combine import unknown_reward_problems
-from trl_grpo_ext.rewards.missing import excludes_without
 from trl_grpo_ext.rewards.registry import build_rewards, log_name, reward_problems
 
 _NUM_EXAMPLES = 6
@@ -60,6 +60,13 @@ class RunArguments:
         metadata={
             "help": "Replies to each held-out prompt that accuracy is measured on, sampled at the "
             "training temperature; 0 for the one greedy reply."
+        },
+    )
+    measure_accuracy: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether training recipes measure accuracy on the held-out prompts, before and "
+            "after."
         },
     )
     cpu_threads: int | None = field(
@@ -198,36 +205,6 @@ def run_recipe(
         return 128 + signal.SIGINT
 
 
-def refuse_outage(accuracy: Accuracy, reward: object, rows: Dataset, *, most: float) -> None:
-    """Refuse an accuracy for which a service left too much without a score.
-
-    Args:
-        accuracy: As measured with the reward.
-        reward: The first one of the recipe.
-        rows: Of the prompts; those that the reward does not apply to do not count.
-        most: The largest share that may be missing.
-
-    Raises:
-        RewardOutageError: more is missing.
-    """
-    size = len(accuracy.scores) // max(len(rows), 1)
-    asked = [
-        score
-        for at, score in enumerate(accuracy.scores)
-        if excludes_without(reward, rows[at // size])
-    ]
-    num_missing = asked.count(None)
-    if num_missing <= most * len(asked):
-        return
-    name, failure = getattr(reward, "__name__", "reward"), getattr(reward, "failure", "")
-    raise RewardOutageError(
-        f"the reward '{name}' has no score for {num_missing} of the {len(asked)} replies "
-        f"by which accuracy is measured{f' ({failure})' if failure else ''}, so it would say "
-        "nothing. See that the service answers (`trl-grpo-ext check-reward`), and run the same "
-        f"again, with `resume_from_checkpoint: {LAST_GOOD}` if it had trained."
-    )
-
-
 def check_recipe(recipe: Recipe) -> str:
     """Return what ``--dry_run`` prints: the task, and the memory that the run will need.
 
@@ -321,7 +298,12 @@ def _num_cores() -> int:
 
 
 def compare_replies(held_out: Dataset, before: Accuracy, after: Accuracy) -> list[Example]:
-    """Return the first replies to the first held-out prompts, before and after training."""
+    """Return the first replies to the first held-out prompts, before and after training.
+
+    None if accuracy was not measured.
+    """
+    if not after.completions:
+        return []
     each = len(after.completions) // max(held_out.num_rows, 1)
     rows = held_out.select(range(min(_NUM_EXAMPLES, held_out.num_rows)))
     return [
@@ -335,6 +317,23 @@ def compare_replies(held_out: Dataset, before: Accuracy, after: Accuracy) -> lis
     ]
 
 
+def summarize(
+    trainer: Trainer, run: RunArguments, before: Accuracy, after: Accuracy
+) -> dict[str, object]:
+    """Return what summary.json holds of a training run."""
+    return {
+        "accuracy_before": before.accuracy,
+        "accuracy_after": after.accuracy,
+        "num_eval_prompts": before.num_scored_prompts,
+        "eval_samples": run.eval_samples,
+        "num_processes": trainer.accelerator.num_processes,
+        "steps": trainer.state.global_step,
+        "minutes": minutes_since_start(),
+        "seed": trainer.args.seed,
+        "versions": library_versions(),
+    }
+
+
 def minutes_since_start() -> float:
     """Return the minutes since this process was started, imports included."""
     return float(time.time() - psutil.Process().create_time()) / 60
@@ -343,7 +342,8 @@ def minutes_since_start() -> float:
 def _parsed(arguments: list[str], option_classes: Sequence[Any], problems: list[str]) -> list[Any]:
     """The options, by class; without the last, whose problems are added, if that one is refused."""
     parser = TrlParser(cast(Any, option_classes))
-    if not torch.accelerator.is_available():
+    known = {f.name for options in option_classes for f in fields(options)}
+    if "use_cpu" in known and not torch.accelerator.is_available():
         parser.set_defaults(use_cpu=True)
     try:
         return list(parser.parse_args_and_config(arguments, fail_with_unknown_args=False))

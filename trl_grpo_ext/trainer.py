@@ -205,6 +205,7 @@ class ExtGRPOTrainer(ResumeSeams):
         steps_BT = step_advantages(
             self.counting_steps(step_rewards_BT, rewards_BR),
             group_size=group_size,
+            baseline=self.options.step_baseline,
             scale=cast(RewardScale, self.scale_rewards),
             eps=self.options.advantage_eps,
         )

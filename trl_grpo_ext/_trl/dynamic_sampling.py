@@ -198,7 +198,9 @@ class DynamicSamplingSeams(EvaluationSeams):
         )
         if STEP_REWARDS in rows and self.reward_weights[self.process_reward] != 0:
             counting_BT = self.counting_steps(rows[STEP_REWARDS], rewards_BR).cpu()
-            informative_P = informative_P | informative_step_groups(counting_BT, group_size=size)
+            informative_P = informative_P | informative_step_groups(
+                counting_BT, group_size=size, baseline=self.options.step_baseline
+            )
         counts_B = rows["completion_mask"].any(dim=1).cpu()
         return informative_P & counts_B.view(-1, self._group_size).any(dim=1)
 

@@ -73,7 +73,7 @@ def render_page(
         _summary_section(summary),
         _rewards_section(history),
         _reference_section(history),
-        *(_plot_section(plot, drawn=drawn, settings=settings) for plot in PLOTS),
+        *(_plot_section(plot, drawn=drawn, settings=settings) for plot in _plots_of(history)),
         _examples_section(examples),
         _loading_section(folder),
         _settings_section(settings),
@@ -131,6 +131,17 @@ def _ends(history: History, metric: str, *, window: int) -> tuple[float, float, 
     values = history.logged(metric)
     first, last = float(np.mean(values[:window])), float(np.mean(values[-window:]))
     return first, last, last - first
+
+
+def _plots_of(history: History) -> list[Plot]:
+    """Return the plots of this kind of run: a loss teaches, or a reward does."""
+    is_supervised = history.has("mean_token_accuracy")
+    supervised = ("loss", "grad_norm")
+    return [
+        plot
+        for plot in PLOTS
+        if (plot.name in supervised if is_supervised else plot.name != "loss")
+    ]
 
 
 def _plot_section(plot: Plot, *, drawn: set[str], settings: Mapping[str, object]) -> str:

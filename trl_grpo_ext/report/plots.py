@@ -110,6 +110,15 @@ def _step_limits(history: History, metrics: Sequence[str]) -> tuple[float, float
     return float(steps[0]) - margin, float(steps[-1]) + margin
 
 
+def _draw_loss(axes: Axes, history: History) -> None:
+    steps, (loss,) = history.columns("loss")
+    _line(axes, steps, loss, label="training loss")
+    if history.has("eval_loss"):
+        at, (held_out,) = history.columns("eval_loss")
+        _line(axes, at, held_out, label="on held-out traces", color=ORANGE)
+    axes.set_ylim(bottom=0)
+
+
 def _draw_reward(axes: Axes, history: History) -> None:
     steps, (mean, std) = history.columns("reward", "reward_std")
     _line(axes, steps, mean, label="reward (mean)")
@@ -216,6 +225,14 @@ def _plot_text(text: str) -> str:
 
 
 PLOTS = (
+    Plot(
+        name="loss",
+        subject="Loss",
+        title="Loss",
+        y_label="cross-entropy (nats per token of a reply)",
+        needs=("mean_token_accuracy",),  # of supervised fine-tuning alone
+        draw=_draw_loss,
+    ),
     Plot(
         name="reward",
         subject="Reward",

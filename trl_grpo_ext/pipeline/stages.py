@@ -1,0 +1,148 @@
+"""The stages of DeepSeek-R1's recipe, as the programs and settings that they are.
+
+    base --sft--> sft --grpo--> grpo --rejection--> dataset --rejection_sft--> rejection_sft
+
+Each model is evaluated when it is there. A stage's settings lie in its folder as ``stage.yaml``,
+which its recipe takes by itself too; its ``summary.json`` is the last file that it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.pipeline.options import R1Arguments
+
+MODELS = ("base", "sft", "grpo", "rejection_sft")  # what is evaluated, in this order
+SETTINGS_FILE, SUMMARY_FILE = "stage.yaml", "summary.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One recipe with its settings.
+
+    Attributes:
+        name: Of the stage, and of its folder: ``sft``, ``evaluation/sft``.
+        recipe: Name of the program in recipes/, without its ending.
+        settings: All of its options.
+        stand_ins: What takes the place of outputs of earlier stages while they are not there, so
+            that the settings can be checked before anything runs; ``None`` takes an option out.
+    """
+
+    name: str
+    recipe: str
+    settings: Mapping[str, Any]
+    stand_ins: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Where its output is."""
+        return Path(self.settings["output_dir"])
+
+    def is_complete(self) -> bool:
+        """Return whether its output is there, made with these settings.
+
+        Raises:
+            ConfigurationError: It was made with others.
+        """
+        if not (self.folder / SUMMARY_FILE).is_file():
+            return False
+        path = self.folder / SETTINGS_FILE
+        made_with = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        wanted = yaml.safe_load(self.to_yaml())
+        changed = sorted(
+            key for key in {*made_with, *wanted} if made_with.get(key) != wanted.get(key)
+        )
+        if changed:
+            raise ConfigurationError([_made_otherwise(self, changed)])
+        return True
+
+    def to_yaml(self, *, checkable: bool = False) -> str:
+        """Return the settings as its recipe takes them.
+
+        Args:
+            checkable: Whether with stand-ins for what earlier stages have not made yet.
+        """
+        settings = {**self.settings, **(self.stand_ins if checkable else {})}
+        kept = {key: value for key, value in settings.items() if value is not None}
+        return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=100)
+
+    def write_settings(self) -> Path:
+        """Write ``stage.yaml`` and return its path."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / SETTINGS_FILE
+        path.write_text(self.to_yaml(), encoding="utf-8")
+        return path
+
+
+def make_stages(options: R1Arguments, shared: Mapping[str, Any]) -> list[Stage]:
+    """Return the stages in the order in which they run.
+
+    Args:
+        options: Of the whole.
+        shared: Options of task, model and run that were given, by their key.
+    """
+    root = Path(options.output_dir)
+    base = {key: shared[key] for key in ("model_name_or_path", "model_source") if key in shared}
+    common = {**shared, "seed": options.seed}
+
+    def trained(name: str) -> dict[str, Any]:
+        """Return what names the model of a stage."""
+        if name == "base":
+            return base
+        return {"model_name_or_path": str(root / name), "model_source": "auto"}
+
+    def stage(name: str, recipe: str, own: Mapping[str, Any], *, model: str, **more: Any) -> Stage:
+        stand_ins = {} if model == "base" else {"model_source": None, **base}
+        kept = {key: value for key, value in own.items() if key not in stand_ins}
+        settings = {**common, **trained(model), **more, **kept, "output_dir": str(root / name)}
+        return Stage(name, recipe, settings, stand_ins)
+
+    def evaluated(name: str) -> Stage:
+        return stage(f"evaluation/{name}", "evaluation", options.of("evaluation"), model=name)
+
+    unmeasured = {"measure_accuracy": False}  # the evaluations do that
+    of_traces = {"traces": str(root / "rejection" / "dataset")}
+    again = stage(
+        "rejection_sft",
+        "sft",
+        options.of("rejection_sft"),
+        model=options.rejection_sft_from,
+        **unmeasured,
+        **of_traces,
+        solution_column=None,
+        solution_pattern=None,
+    )
+    solved = {
+        key: {**shared, **options.of("sft")}.get(key)
+        for key in ("traces", "solver", "solution_column", "solution_pattern")
+    }
+    return [
+        evaluated("base"),
+        stage("sft", "sft", options.of("sft"), model="base", **unmeasured),
+        evaluated("sft"),
+        stage("grpo", "grpo", options.of("grpo"), model="sft", **unmeasured),
+        evaluated("grpo"),
+        stage("rejection", "rejection_sampling", options.of("rejection"), model="grpo"),
+        Stage(again.name, again.recipe, again.settings, {**again.stand_ins, **solved}),
+        evaluated("rejection_sft"),
+    ]
+
+
+def distinct(stages: Sequence[Stage]) -> list[Stage]:
+    """Return the stages without those evaluations that differ by their model alone."""
+    return [each for each in stages if each.recipe != "evaluation" or each.name.endswith("/base")]
+
+
+def _made_otherwise(stage: Stage, changed: list[str]) -> str:
+    named = ", ".join(f"`{key}`" for key in changed[:8])
+    return (
+        f"{stage.folder} is complete, but was made with other settings ({named} differ), so what "
+        "follows would not be what the YAML says. Set these back, name another `output_dir`, or "
+        f"delete {stage.folder} and the folders of the stages behind it to run them again."
+    )
