@@ -86,14 +86,15 @@ def _row(option: Field[Any]) -> str:
 
 def _default(option: Field[Any]) -> str:
     if option.default_factory is not MISSING:
-        return "`[]`"
+        return f"`{json.dumps(option.default_factory())}`"
     return "needed" if option.default is MISSING else f"`{_yaml(option.default)}`"
 
 
 def _yaml(value: object) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    return str(value)
+    text = str(value)
+    return json.dumps(text) if "\n" in text or not text else text
 
 
 if __name__ == "__main__":

@@ -19,15 +19,17 @@ REWARD = {"name": "math", "weight": 1.0, "arguments": {"api_key": "secret"}}
 
 def settings(weights: str = "some/model", **changes: Any) -> dict[str, Any]:
     rewards = changes.pop("rewards", [REWARD])
+    sampler = changes.pop("made_by", "group_sample")
     model = ModelConfig(dtype=changes.pop("dtype", "float32"))
     options = RejectionArguments(**{"output_dir": "out"} | changes)
-    return made_with(options, model=model, weights=weights, rewards=rewards)
+    return made_with(options, model=model, weights=weights, rewards=rewards, sampler=sampler)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         *({"seed": 1}, {"temperature": 0.9}, {"num_generations": 4}, {"max_completion_length": 9}),
+        {"made_by": "vllm"},
         *({"top_p": 0.9}, {"top_k": 5}, {"generation_kwargs": {"min_p": 0.1}}),
         *({"chat_template_kwargs": {"a": 1}}, {"weights": "another/model"}, {"dtype": "bfloat16"}),
         *({"rewards": ["math"]}, {"rewards": [{**REWARD, "arguments": {"api_key": "other"}}]}),
@@ -40,6 +42,7 @@ def test_what_shapes_candidates_changes_the_settings(changes: dict[str, Any]) ->
 @pytest.mark.parametrize(
     "changes",
     [
+        *({"sampler": "group_sample"}, {"vllm_gpu_memory_utilization": 0.5}),
         *({"best_n": 9}, {"correct_threshold": 0.9}, {"prompts_per_batch": 3}, {"output_dir": "b"}),
         *({"scripts": ["Latin"]}, {"balance": "uniform"}, {"rewards": [{**REWARD, "weight": 2}]}),
     ],

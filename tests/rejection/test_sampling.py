@@ -14,7 +14,13 @@ from trl import ModelConfig
 from trl_grpo_ext.errors import RewardOutageError
 from trl_grpo_ext.rejection.options import RejectionArguments
 from trl_grpo_ext.rejection.provenance import prompt_ids
-from trl_grpo_ext.rejection.sampling import leaked_tokens, load_policy, make_sampler
+from trl_grpo_ext.rejection.sampling import (
+    Sampler,
+    group_draw,
+    leaked_tokens,
+    load_policy,
+    make_sampler,
+)
 from trl_grpo_ext.sampling import GroupSamples, group_sample
 
 ROWS = Dataset.from_list(
@@ -26,6 +32,17 @@ SIZE = 3
 def options(**changes: Any) -> RejectionArguments:
     given = {"output_dir": "out", "num_generations": SIZE, "max_completion_length": 5, "seed": 7}
     return RejectionArguments(**given | changes)
+
+
+def sampler_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rewards: list[Any],
+    **changes: Any,
+) -> Sampler:
+    given = options(**changes)
+    draw = group_draw(model, tokenizer, options=given)
+    return make_sampler(draw, tokenizer, ROWS, rewards=rewards, options=given)
 
 
 def rank(*, completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
@@ -58,9 +75,7 @@ class Service:
 def test_candidates_are_those_of_the_group_sampler_by_the_number_of_the_prompt(
     tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    sample = make_sampler(
-        tiny_model, tiny_tokenizer, ROWS, rewards=[rank, length], options=options()
-    )
+    sample = sampler_of(tiny_model, tiny_tokenizer, [rank, length])
     expected = group_sample(
         tiny_model,
         tiny_tokenizer,
@@ -109,8 +124,7 @@ def test_outage_ends_the_run_and_a_few_missing_scores_do_not(
 ) -> None:
     def sampler(num_missing: int) -> Any:
         rewards: list[Any] = [rank, Service(num_missing)]
-        limit = options(max_unscored_fraction=0.34)
-        return make_sampler(tiny_model, tiny_tokenizer, ROWS, rewards=rewards, options=limit)
+        return sampler_of(tiny_model, tiny_tokenizer, rewards, max_unscored_fraction=0.34)
 
     (found,) = sampler(1)([0])
     assert [one.scored for one in found.candidates] == [False, True, True]
@@ -124,8 +138,7 @@ def test_rows_that_a_reward_does_not_apply_to_are_left_to_the_others(
     service = Service(3)
     service.applies = lambda row: False  # type: ignore[attr-defined]
     rewards: list[Any] = [rank, service]
-    sample = make_sampler(tiny_model, tiny_tokenizer, ROWS, rewards=rewards, options=options())
-    (found,) = sample([0])
+    (found,) = sampler_of(tiny_model, tiny_tokenizer, rewards)([0])
     assert [one.scored for one in found.candidates] == [True, True, True]
 
 

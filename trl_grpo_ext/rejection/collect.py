@@ -99,7 +99,8 @@ def collect_candidates(
         options: Of the run.
         made_with: What decides about the candidates, from
             :func:`~trl_grpo_ext.rejection.provenance.made_with`.
-        make: Makes the sampler; called once, where there is a batch to sample.
+        make: Makes the sampler. If there is a batch to sample, each process calls it once, even
+            one without a batch of its own: engines that start together wait for each other.
         state: Of the processes.
 
     Raises:
@@ -116,7 +117,8 @@ def collect_candidates(
         remove_summary(options.output_dir)
         write_made_with(folder, made_with)
     state.wait_for_everyone()  # all have read what is there before one samples
-    if own := batches[state.process_index :: state.num_processes]:
+    if batches:
+        own = batches[state.process_index :: state.num_processes]
         with ShardWriter(folder / f"{state.process_index:05d}.jsonl") as writer:
             sample = make()
             for batch in tqdm(own, desc="sampling", unit="batch", disable=state.process_index > 0):

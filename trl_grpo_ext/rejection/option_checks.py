@@ -10,13 +10,20 @@ from trl import ModelConfig
 
 from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.rejection.balance import Balance
-from trl_grpo_ext.rejection.options import DATASET_FORMATS, MAPPINGS, RejectionArguments, mapping
+from trl_grpo_ext.rejection.options import (
+    DATASET_FORMATS,
+    MAPPINGS,
+    SAMPLERS,
+    RejectionArguments,
+    mapping,
+)
+from trl_grpo_ext.rejection.samplers import choose_sampler, refusals
 from trl_grpo_ext.rejection.selection import Prefer
 from trl_grpo_ext.sampling import SamplingSettings
 
 _SHARES = (
     *("min_pass_rate", "max_pass_rate", "max_repetition", "min_script_share"),
-    "max_unscored_fraction",
+    *("max_unscored_fraction", "vllm_gpu_memory_utilization"),
 )
 _LEAST = {
     "num_generations": 1,
@@ -26,16 +33,23 @@ _LEAST = {
     "max_characters": 1,
     "max_tokens": 1,
     "max_live_tokens": 1,
+    "vllm_max_model_length": 1,
+    "vllm_tensor_parallel_size": 1,
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "prefer": get_args(Prefer),
     "balance": get_args(Balance),
     "dataset_format": DATASET_FORMATS,
+    "sampler": SAMPLERS,
 }
 
 
-def rejection_problems(options: RejectionArguments) -> Iterator[str]:
+def rejection_problems(options: RejectionArguments, *, model: str = "") -> Iterator[str]:
     """Yield what cannot work in these options.
+
+    Args:
+        options: Of the run.
+        model: A folder or a name on the Hub.
 
     Example:
         >>> next(rejection_problems(RejectionArguments(output_dir="out", best_n=0)))
@@ -59,6 +73,7 @@ def rejection_problems(options: RejectionArguments) -> Iterator[str]:
             )
     yield from _window_problems(options)
     yield from _sampling_problems(options)
+    yield from _sampler_problems(options, model)
     yield from _rule_problems(options)
 
 
@@ -102,6 +117,13 @@ def _sampling_problems(options: RejectionArguments) -> Iterator[str]:
             f"`{name}` is {mappings[name]!r}, which is no mapping, so it cannot be passed on. "
             "Write names and values in the YAML, or JSON on the command line."
         )
+
+
+def _sampler_problems(options: RejectionArguments, model: str) -> Iterator[str]:
+    if options.sampler == "vllm":
+        yield from refusals(options, model=model)
+    if choose_sampler(options, model=model).name == "vllm":
+        return
     values = {**options.sampling(), **mapping(options.generation_kwargs)}
     values.pop("generation_kwargs")
     try:

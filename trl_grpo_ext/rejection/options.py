@@ -17,6 +17,7 @@ from trl_grpo_ext.rewards.language import LanguageReward
 from trl_grpo_ext.rewards.repetition import RepetitionReward, RepetitionUnit
 
 DATASET_FORMATS = ("prompt_completion", "messages")
+SAMPLERS = ("auto", "group_sample", "vllm")
 
 
 @dataclass
@@ -66,6 +67,31 @@ class RejectionArguments:
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Whether the model may bring code of its own."}
+    )
+    sampler: str = field(
+        default="auto",
+        metadata={
+            "help": "What samples: 'group_sample' (ours), 'vllm', or 'auto': what made the replies "
+            "that are there already, else vLLM where it is installed and can do what is asked on a "
+            "CUDA device, else ours; it says which and why."
+        },
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.9,
+        metadata={
+            "help": "Share of a GPU's memory that vLLM takes; less where a reward needs some too."
+        },
+    )
+    vllm_max_model_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a prompt and its reply at most, with vLLM; by default what the "
+            "model declares."
+        },
+    )
+    vllm_tensor_parallel_size: int = field(
+        default=1,
+        metadata={"help": "GPUs over which vLLM shards the model; above 1, with one process only."},
     )
     max_unscored_fraction: float = field(
         default=0.1,

@@ -40,6 +40,7 @@ def made_with(
     model: ModelConfig,
     weights: str,
     rewards: Iterable[RewardEntry],
+    sampler: str,
 ) -> dict[str, Any]:
     """Return all that decides what is sampled and how it is scored, but for the prompts.
 
@@ -52,8 +53,10 @@ def made_with(
         model: Revision and dtype.
         weights: Where ``from_pretrained`` finds it: a folder, or a name on the Hub.
         rewards: As in the YAML.
+        sampler: What samples, ``group_sample`` or ``vllm``.
     """
     return {
+        "sampler": sampler,
         "weights": weights_digest(weights) or weights,
         "model_revision": model.model_revision,
         "dtype": model.dtype,

@@ -24,8 +24,13 @@ from trl_grpo_ext.rewards.missing import excludes_without
 from trl_grpo_ext.rewards.registry import RewardFunction
 from trl_grpo_ext.rewards.score_file import Completions, Scored, score_completions
 from trl_grpo_ext.sampling import GroupSamples, group_sample
+from trl_grpo_ext.sampling.group_sampler import Prompt
+
+Draw = Callable[[Sequence[Prompt], Sequence[int]], GroupSamples]
+"""Samples prompts, which their numbers stand for in the random numbers."""
 
 Sampler = Callable[[Sequence[int]], list[Group]]
+"""Samples and scores the rows with these numbers."""
 
 _MAX_LEAKED = 8  # names of special tokens that are noted of a candidate
 
@@ -53,8 +58,35 @@ def load_policy(
     return policy, AutoTokenizer.from_pretrained(name, **shared)
 
 
+def group_draw(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, options: RejectionArguments
+) -> Draw:
+    """Return a draw by :func:`~trl_grpo_ext.sampling.group_sample`.
+
+    Args:
+        policy: What samples.
+        tokenizer: Its tokenizer.
+        options: Of the run.
+    """
+
+    def draw(prompts: Sequence[Prompt], indices: Sequence[int]) -> GroupSamples:
+        return group_sample(
+            policy,
+            tokenizer,
+            prompts,
+            num_generations=options.num_generations,
+            seed=options.seed,
+            prompt_indices=indices,
+            chat_template_kwargs=mapping(options.chat_template_kwargs),
+            max_live_tokens=options.max_live_tokens,
+            **{**options.sampling(), "generation_kwargs": mapping(options.generation_kwargs)},
+        )
+
+    return draw
+
+
 def make_sampler(
-    policy: PreTrainedModel,
+    draw: Draw,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     *,
@@ -63,12 +95,13 @@ def make_sampler(
 ) -> Sampler:
     """Return what samples and scores the prompts of some rows, by their numbers.
 
-    A candidate depends on the seed, the number of its row and its own index alone, as the random
-    numbers of :func:`~trl_grpo_ext.sampling.group_sample` do.
+    The random numbers of a candidate depend on the seed, the number of its row and its own index
+    alone.
 
     Args:
-        policy: What samples.
-        tokenizer: Its tokenizer.
+        draw: What samples: :func:`group_draw`, or
+            :func:`~trl_grpo_ext.rejection.vllm_sampling.vllm_draw`.
+        tokenizer: Of the model that samples.
         rows: Of the task.
         rewards: Called as in training.
         options: Of the run.
@@ -80,17 +113,7 @@ def make_sampler(
 
     def sample(indices: Sequence[int]) -> list[Group]:
         part = rows.select(indices)
-        samples = group_sample(
-            policy,
-            tokenizer,
-            list(part["prompt"]),
-            num_generations=options.num_generations,
-            seed=options.seed,
-            prompt_indices=list(indices),
-            chat_template_kwargs=mapping(options.chat_template_kwargs),
-            max_live_tokens=options.max_live_tokens,
-            **{**options.sampling(), "generation_kwargs": mapping(options.generation_kwargs)},
-        )
+        samples = draw(list(part["prompt"]), list(indices))
         found = as_completions(part, samples)
         scored = [score_completions(reward, found) for reward in rewards]
         needs = {

@@ -98,18 +98,24 @@ def read_group(path: Path, offset: int) -> Group:
         return Group.from_json(json.loads(file.readline()))
 
 
+def read_made_with(folder: Path) -> dict[str, Any]:
+    """Return the settings that made the candidates of a folder; none if there are none."""
+    path = folder / MADE_WITH
+    if not path.exists():
+        return {}
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return settings
+
+
 def check_made_with(folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuse candidates that other settings made, which would be mixed with new ones.
 
     Raises:
         ConfigurationError: They were sampled by another model, at another temperature, ...
     """
-    path = folder / MADE_WITH
-    if not path.exists():
-        return
-    before, wanted = json.loads(path.read_text(encoding="utf-8")), _as_stored(settings)
+    before, wanted = read_made_with(folder), _as_stored(settings)
     changed = [key for key in {**before, **wanted} if before.get(key) != wanted.get(key)]
-    if changed:
+    if before and changed:
         told = "; ".join(f"{k}: {_shown(before, k)}, now {_shown(wanted, k)}" for k in changed)
         raise ConfigurationError(
             [

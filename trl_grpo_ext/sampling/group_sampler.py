@@ -145,7 +145,7 @@ def group_sample(
         }
     )
     template = chat_template_kwargs or {}
-    prompt_ids = [_prompt_ids(tokenizer, prompt, template) for prompt in prompts]
+    prompt_ids = [prompt_token_ids(tokenizer, prompt, template) for prompt in prompts]
     check_prompts(model, prompt_ids, settings)
 
     def hand_over(index: int, completion: Completion) -> None:
@@ -218,9 +218,16 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
     return [i for i in [*ids, tokenizer.eos_token_id] if i is not None]
 
 
-def _prompt_ids(
+def prompt_token_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping[str, object]
 ) -> list[int]:
+    """Return the tokens of a prompt: a text's, or those of a conversation in its template.
+
+    Args:
+        tokenizer: Of the model.
+        prompt: A text, or messages.
+        template: More arguments of the chat template.
+    """
     if isinstance(prompt, str):
         return list(tokenizer(prompt).input_ids)
     render: Callable[..., object] = tokenizer.apply_chat_template
