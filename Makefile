@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart quickstart-api test test-all lint format types bench build clean
+.PHONY: help install quickstart quickstart-api test test-all lint format types docs bench build clean
 
 help: ## List the targets
 	@echo "usage: make [target] [VARIABLE=value ...]"
@@ -47,6 +47,9 @@ format: install ## Format the code and apply the safe fixes
 types: install ## Check the types of the package with mypy --strict
 	$(PY) -m mypy --strict trl_grpo_ext
 
+docs: install ## Build the site in site/; a broken link or a warning fails it
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict $(ARGS)
+
 bench: install ## Measure a training step against plain TRL: about an hour on two cores
 	$(PY) benchmarks/step_time.py $(ARGS)
 
@@ -54,7 +57,7 @@ build: install ## Make the sdist and the wheel in dist/
 	$(PY) -m build
 
 clean: ## Remove what was built and the caches; .venv and outputs/ stay
-	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # Each test process has one thread (tests/conftest.py); the tests of a file share its fixtures.

@@ -83,7 +83,7 @@ def test_every_requirement_admits_its_pin() -> None:
     pins = [Requirement(line) for line in lines((ROOT / "constraints.txt").read_text())]
     version_of = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pins}
     assert all(re.fullmatch(r"==[0-9.]+(\.post\d+)?", str(pin.specifier)) for pin in pins)
-    for requirement in requirements(extras=("math", "quickstart", "serve", "test", "dev")):
+    for requirement in requirements(extras=("docs", "math", "quickstart", "serve", "test", "dev")):
         if requirement.name != "trl-grpo-ext":
             assert requirement.specifier.contains(version_of[canonicalize_name(requirement.name)])
 
@@ -116,9 +116,8 @@ def imported_roots(path: Path) -> set[str]:
 def test_every_requirement_has_its_reason_in_contributing() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     reasons = set(re.findall(r"^\| `([a-z0-9-]+)` \|", text, re.MULTILINE))
-    named = {
-        requirement.name for requirement in requirements(extras=("math", "quickstart", "serve"))
-    }
+    extras = ("docs", "math", "quickstart", "serve")
+    named = {requirement.name for requirement in requirements(extras=extras)}
     assert reasons == named
 
 

@@ -37,7 +37,7 @@ class PolicyEvaluationArguments:
     )
     pass_k: list[int] | None = field(
         default=None,
-        metadata={"help": "The k of pass@k; by default 1 and `num_samples`."},
+        metadata={"help": "The k of pass@k; `num_samples` by default. pass@1 is the accuracy."},
     )
     max_completion_length: int = field(
         default=256, metadata={"help": "Tokens of a reply at most; a longer one is cut off."}
@@ -60,8 +60,7 @@ class PolicyEvaluationArguments:
     @property
     def ks(self) -> list[int]:
         """The k of pass@k, in their order."""
-        wanted = self.pass_k or ([1, self.num_samples] if self.num_samples else [])
-        return sorted(set(wanted))
+        return sorted(set(self.pass_k or [self.num_samples] * (self.num_samples > 1)))
 
 
 def policy_evaluation_problems(

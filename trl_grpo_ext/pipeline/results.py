@@ -104,12 +104,11 @@ def draw_accuracy(path: Path, metrics: Mapping[str, Metrics]) -> None:
         )
         for name in [name for name in metric_names(metrics) if name.startswith("pass@")]:
             points = [of_model[name] or 0.0 for of_model in metrics.values()]
-            marker = "o" if name == "pass@1" else "s"
-            axes.plot(places, points, marker, color=GREY, mec="#000000", label=name)
-        for place, value in zip(places, values, strict=True):
-            axes.text(place, 0.02, f"{value:.2f}", ha="center", color="#FFFFFF", weight="bold")
+            axes.plot(places, points, "s", color=GREY, mec="#000000", label=name)
+        for place, value, (_, above) in zip(places, values, spread, strict=True):
+            axes.text(place, value + above + 0.02, f"{value:.2f}", ha="center", weight="bold")
         axes.set_xticks(list(places), [TITLES[name] for name in metrics])
-        axes.set(ylim=(0, 1), ylabel="share of held-out prompts", title="Accuracy by stage")
+        axes.set(ylim=(0, 1.1), ylabel="share of held-out prompts", title="Accuracy by stage")
         figure.legend(loc="outside lower center", ncols=3)
         figure.savefig(path)
 
