@@ -54,6 +54,10 @@ class CheckpointError(ExtGRPOError, OSError):
     """A checkpoint could not be written, or cannot be resumed from."""
 
 
+class HubError(ExtGRPOError, OSError):
+    """Something could not be uploaded to the Hub."""
+
+
 class LayerOrderError(ExtGRPOError, ValueError):
     """A model does not run its decoder layers once each, in order."""
 
