@@ -3,7 +3,7 @@
 What it shows: what a stage of training was worth, by the task's own reward, with intervals.
 The held-out prompts are those of the training recipes if the same task is written in the YAML.
 
-    accelerate launch recipes/evaluate.py --config recipes/configs/quickstart.yaml ...
+    accelerate launch recipes/evaluation.py --config YOUR.yaml
 
 Every option of the YAML can be given on the command line too. ``--dry_run`` checks all of it and
 loads no model.
@@ -15,10 +15,11 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from trl import ModelConfig
 
 from trl_grpo_ext.data import TaskArguments, load_task
@@ -39,6 +40,7 @@ from trl_grpo_ext.recipe import (
     run_recipe,
 )
 from trl_grpo_ext.rejection.dataset import write_summary
+from trl_grpo_ext.rejection.option_checks import policy_problems
 from trl_grpo_ext.rejection.sampling import load_policy
 from trl_grpo_ext.report import library_versions
 from trl_grpo_ext.rewards import build_rewards
@@ -57,7 +59,10 @@ class Recipe:
 def run(recipe: Recipe) -> int:
     """Sample, judge, write what was measured; return 0."""
     options = recipe.options
-    accelerator = Accelerator(cpu=options.use_cpu or not torch.accelerator.is_available())
+    accelerator = Accelerator(
+        cpu=options.use_cpu or not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],  # for the slowest one
+    )
     rows = load_task(recipe.task).held_out
     with ending_together():
         with accelerator.local_main_process_first():
@@ -88,7 +93,7 @@ def run(recipe: Recipe) -> int:
                 "seed": options.seed,
                 "versions": library_versions(),
             }
-            summary = write_summary(folder, {"metrics": found.metrics, **about})
+            summary = write_summary(folder, {"metrics": found.to_json(), **about})
             print("\n".join(metric_lines(found.metrics)), f"{summary} has the numbers.", sep="\n")
     accelerator.end_training()
     return 0
@@ -106,6 +111,7 @@ def problems(
 ) -> Iterator[str]:
     """Yield what cannot work."""
     yield from run_problems(run, model)
+    yield from policy_problems(model)
     yield from policy_evaluation_problems(task, *options)
 
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from trl import ModelConfig
 
 from trl_grpo_ext.data import TaskArguments
-from trl_grpo_ext.pipeline.options import R1Arguments, r1_problems
+from trl_grpo_ext.pipeline.options import R1Arguments, adapter_problems, r1_problems
 from trl_grpo_ext.pipeline.results import (
     metric_names,
     summarize_stages,
@@ -32,7 +32,13 @@ from trl_grpo_ext.pipeline.results import (
     write_results,
 )
 from trl_grpo_ext.pipeline.running import Peers, check_stage, run_stage
-from trl_grpo_ext.pipeline.stages import Stage, distinct, make_stages
+from trl_grpo_ext.pipeline.stages import (
+    Stage,
+    distinct,
+    make_stages,
+    missing_stages,
+    set_aside_outdated,
+)
 from trl_grpo_ext.recipe import (
     RunArguments,
     given_settings,
@@ -56,17 +62,15 @@ class Recipe:
 def run(recipe: Recipe) -> int:
     """Run the stages that are not complete; return 0, or the exit code of one that failed."""
     peers, stages = Peers(), recipe.stages
-    complete = [stage.is_complete() for stage in stages] if peers.is_first else []
-    if peers.is_first and not all(complete):
-        print("Checking the settings of all stages.", flush=True)
-        for stage in distinct(stages):
-            check_stage(stage, RECIPES)
-    missing = complete.index(False) if False in complete else len(stages)
-    for number, stage in enumerate(stages):
-        port = peers.agreed_port(stage, needed=number >= missing)
+    missing = missing_stages(stages) if peers.is_first else []
+    checked(stages, peers, needed=bool(missing))
+    for path in set_aside_outdated(missing):
+        print(f"Made from an earlier output, so moved to {path}.", flush=True)
+    for number, stage in enumerate(stages, start=1):
+        port = peers.agreed_port(stage.name, needed=stage in missing)
         if peers.is_first:
             what = "is complete" if port is None else f"runs, in {stage.folder}"
-            print(f"Stage {number + 1} of {len(stages)}, {stage.name}, {what}.", flush=True)
+            print(f"Stage {number} of {len(stages)}, {stage.name}, {what}.", flush=True)
         if port is None:
             continue
         if peers.is_first:
@@ -76,6 +80,18 @@ def run(recipe: Recipe) -> int:
     if peers.is_first:
         finish(recipe, num_processes=peers.num_processes)
     return 0
+
+
+def checked(stages: Sequence[Stage], peers: Peers, *, needed: bool) -> list[str]:
+    """Check the settings of all stages before one runs; return what each dry run says."""
+    if peers.is_first and needed:
+        print("Checking the settings of all stages.", flush=True)
+    found = []
+    for stage in distinct(stages):
+        port = peers.agreed_port(f"check of {stage.name}", needed=needed)
+        if port is not None:
+            found.append(check_stage(stage, RECIPES, port=port))
+    return found
 
 
 def finish(recipe: Recipe, *, num_processes: int) -> None:
@@ -103,17 +119,19 @@ def problems(
 ) -> Iterator[str]:
     """Yield what cannot work."""
     yield from run_problems(run, model)
+    yield from adapter_problems("the YAML", vars(model))
     yield from r1_problems(options)
 
 
 def check(recipe: Recipe) -> str:
     """Return what ``--dry_run`` prints."""
-    parts = [
+    found = checked(recipe.stages, Peers(), needed=True)
+    parts = zip(distinct(recipe.stages), found, strict=True)
+    return "\n".join(
         f"== {stage.name}: recipes/{stage.recipe}.py, in {stage.folder}"
-        f"{', complete' if stage.is_complete() else ''}\n{check_stage(stage, RECIPES)}"
-        for stage in distinct(recipe.stages)
-    ]
-    return "\n".join(parts)
+        f"{', complete' if stage.is_complete() else ''}\n{said}"
+        for stage, said in parts
+    )
 
 
 if __name__ == "__main__":

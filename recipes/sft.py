@@ -38,8 +38,8 @@ from trl_grpo_ext.recipe import (
 from trl_grpo_ext.report import write_report
 from trl_grpo_ext.rewards import build_rewards
 from trl_grpo_ext.sft.options import SFTArguments, sft_problems
-from trl_grpo_ext.sft.traces import Traces, load_questions, make_traces, solved_rows
-from trl_grpo_ext.sft.training import build_trainer
+from trl_grpo_ext.sft.traces import Traces, load_traces, solved_rows
+from trl_grpo_ext.sft.training import build_trainer, checkpoint_to_resume
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,11 @@ class Recipe:
 
 def run(recipe: Recipe) -> int:
     """Measure, train, measure, write everything to the output folder; return the exit code."""
-    task = load_questions(recipe.task)
-    traces = make_traces(recipe.options, task, seed=recipe.training.seed)
+    traces, task = load_traces(recipe.options, recipe.task, seed=recipe.training.seed)
     trainer = make_trainer(recipe, traces, task)
     trainer.accelerator.print(f"Training on {traces}.")
     before = measure(trainer, recipe, task)
-    trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(recipe.training))
     trainer.save_model()
     after = measure(trainer, recipe, task)
     if trainer.is_world_process_zero():
@@ -135,8 +134,7 @@ def problems(
 
 def check(recipe: Recipe) -> str:
     """Return what ``--dry_run`` prints."""
-    task = load_questions(recipe.task)
-    traces = make_traces(recipe.options, task, seed=recipe.training.seed)
+    traces, _ = load_traces(recipe.options, recipe.task, seed=recipe.training.seed)
     first = traces.rows[0]
     return (
         f"{traces}\nfirst prompt: {first['prompt']!r}\nfirst reply: {first['completion']!r}\n"

@@ -33,9 +33,11 @@ from trl_grpo_ext.recipe import (
 ROOT = Path(__file__).parents[1]
 # Of other recipes, or with a reward model that must be trained first: their tests read them.
 ELSEWHERE = {"reward_model_sums", "process_model_sums", "rejection_quickstart"}
-ELSEWHERE |= {"quickstart_outcome_model", "quickstart_process_model", "sft_sums", "r1_mini"}
+ELSEWHERE |= {"quickstart_outcome_model", "quickstart_process_model", "sft_sums"}
 YAMLS = sorted(
-    path for path in (ROOT / "recipes" / "configs").glob("*.yaml") if path.stem not in ELSEWHERE
+    path
+    for path in (ROOT / "recipes" / "configs").glob("*.yaml")
+    if path.stem not in ELSEWHERE and not path.stem.startswith("r1_")
 )
 
 
@@ -96,7 +98,8 @@ def test_every_yaml_has_only_options_that_exist(
     arguments += ["--model_source", "auto", "--bf16", "False"]
     if not keys["dataset"].startswith("reasoning_gym:"):
         for split, numbers in (("train", range(8)), ("test", range(8, 12))):
-            rows = [{"question": f"{n} + 1 =", "answer": f"so #### {n + 1}"} for n in numbers]
+            question = keys["prompt_column"]
+            rows = [{question: f"{n} + 1 =", "answer": f"so #### {n + 1}"} for n in numbers]
             text = "\n".join(map(json.dumps, rows))
             (tmp_path / f"{split}.jsonl").write_text(text)
         arguments += ["--dataset", str(tmp_path), "--dataset_arguments", "{}"]

@@ -1,10 +1,11 @@
-"""The command line: ``env``, ``plan``, ``recipes``, ``score`` and reward services."""
+"""The command line: ``env``, ``plan``, ``recipes``, ``score``, ``report``, ``push``, services."""
 
 from __future__ import annotations
 
 import ast
 import json
 import shutil
+import webbrowser
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -392,6 +393,63 @@ def score_command(
         typer.echo(json.dumps([one.summary() for one in scored], indent=2))
     else:
         print_scores(scored, found, Console(), num_examples=examples)
+
+
+@app.command("report")
+def report_command(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN_FOLDER...", help="The output_dir of each run.")
+    ],
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="RUN_FOLDER/report.html, or comparison.html for several, by default."),
+    ] = None,
+    max_completions: Annotated[
+        int, typer.Option(help="Most to show, at evenly spaced steps; 0 for none.", min=0)
+    ] = 2000,
+    open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> None:
+    """Make one HTML page of a run, or of several side by side, that fetches nothing.
+
+    The exit code is 2 where a folder holds no run, or the page cannot be written.
+    """
+    from datasets import disable_progress_bars
+
+    from trl_grpo_ext.errors import ExtGRPOError
+    from trl_grpo_ext.report.web import write_web_report
+
+    disable_progress_bars()  # a bar a file
+    try:
+        page = write_web_report(folders, output=output, max_completions=max_completions)
+    except ExtGRPOError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(f"{page} ({page.stat().st_size / 2**20:.1f} MiB)")
+    if open_it:
+        webbrowser.open(page.resolve().as_uri())
+
+
+@app.command("push")
+def push_command(
+    folder: Annotated[Path, typer.Argument(help="Of a run, or of a dataset.")],
+    *,
+    repo_id: Annotated[
+        str | None, typer.Option(help="OWNER/NAME: all of the folder, to this repository.")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Create the repository public; private otherwise.")
+    ] = False,
+) -> None:
+    """Upload what a run could not upload, or a folder as it is, to the Hub."""
+    from trl_grpo_ext.errors import HubError
+    from trl_grpo_ext.hub.push import push_folder
+
+    try:
+        done = push_folder(folder, repo_id=repo_id, public=public)
+    except HubError as error:
+        raise _failure(str(error)) from error
+    typer.echo("\n".join(done) or "Nothing is missing on the Hub. All anew: --repo-id OWNER/NAME.")
 
 
 def _summary(path: Path) -> str:

@@ -13,7 +13,13 @@ import yaml
 from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.pipeline.options import STAGE_KEYS, R1Arguments, r1_problems
 from trl_grpo_ext.pipeline.results import summarize_stages, table_rows, write_results
-from trl_grpo_ext.pipeline.stages import Stage, distinct, make_stages
+from trl_grpo_ext.pipeline.stages import (
+    Stage,
+    distinct,
+    make_stages,
+    missing_stages,
+    set_aside_outdated,
+)
 from trl_grpo_ext.recipe import read_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -77,15 +83,51 @@ def test_what_is_not_there_yet_has_stand_ins_in_a_check(tmp_path: Path) -> None:
 
 
 def test_a_stage_is_complete_with_its_summary_and_the_same_settings(tmp_path: Path) -> None:
-    stage = stages(tmp_path)["grpo"]
+    stage, other = (stages(tmp_path, grpo=own)["grpo"] for own in ({}, {"max_steps": 5}))
     assert not stage.is_complete()
     stage.write_settings()
     assert not stage.is_complete()
-    (stage.folder / "summary.json").write_text("{}")
-    assert stage.is_complete()
-    other = stages(tmp_path, grpo={"max_steps": 5})["grpo"]
+    assert not other.is_complete()  # nothing was made with the settings that are there
+    (stage.folder / "checkpoint-1").mkdir()
+    assert not stage.is_complete()
     with pytest.raises(ConfigurationError, match=r"other settings \(`max_steps` differ\)"):
         other.is_complete()
+    (stage.folder / "summary.json").write_text("{}")
+    assert stage.is_complete()
+    with pytest.raises(ConfigurationError, match=r"other settings \(`max_steps` differ\)"):
+        other.is_complete()
+
+
+def complete(*made: Stage) -> None:
+    for stage in made:
+        stage.write_settings()
+        (stage.folder / "summary.json").write_text("{}")
+
+
+def test_what_was_made_from_an_output_that_is_made_again_is_moved_aside(tmp_path: Path) -> None:
+    made = stages(tmp_path)
+    complete(*made.values())
+    assert missing_stages(list(made.values())) == []
+    # The user runs stage 1 again, with another rate: all that came from it is outdated.
+    changed = stages(tmp_path, sft={"learning_rate": 1.0e-5})
+    (tmp_path / "sft").rename(tmp_path / "sft_of_before")
+    missing = missing_stages(list(changed.values()))
+    assert [stage.name for stage in missing] == list(made)[1:]
+    moved = set_aside_outdated(missing)
+    names = [str(path.relative_to(tmp_path)) for path in moved]
+    assert names == [f"{name}.earlier-1" for name in list(made)[2:]]
+    assert (tmp_path / "grpo.earlier-1" / "summary.json").is_file()
+    assert not (tmp_path / "grpo").exists()
+    assert (tmp_path / "evaluation" / "base").exists()
+
+
+def test_an_evaluation_that_is_missing_runs_alone(tmp_path: Path) -> None:
+    made = stages(tmp_path)
+    complete(*made.values())
+    (made["evaluation/sft"].folder / "summary.json").unlink()
+    missing = missing_stages(list(made.values()))
+    assert [stage.name for stage in missing] == ["evaluation/sft"]
+    assert set_aside_outdated(missing) == []
 
 
 @pytest.mark.parametrize(
@@ -94,7 +136,12 @@ def test_a_stage_is_complete_with_its_summary_and_the_same_settings(tmp_path: Pa
         ({"grpo": "max_steps"}, "`grpo` is 'max_steps', which is no mapping"),
         ({"sft": ["a"]}, "`sft` is ['a'], which is no mapping"),
         ({"rejection_sft": {"traces": "x"}}, "`rejection_sft` sets `traces`"),
+        ({"rejection_sft": {"solver": "sums"}}, "`rejection_sft` sets `solver`"),
         ({"grpo": '{"output_dir": "x"}'}, "`grpo` sets `output_dir`"),
+        ({"grpo": {"model_name_or_path": "x"}}, "`grpo` sets `model_name_or_path`"),
+        ({"evaluation": {"num_eval_prompts": 1}}, "would hold out other prompts"),
+        ({"sft": {"hub_token": "hf_x"}}, "set HF_TOKEN in the environment"),
+        ({"sft": {"use_peft": True}}, "sft sets `use_peft`, but the next stage"),
     ],
 )
 def test_problems_of_the_mappings(changes: dict[str, Any], message: str) -> None:

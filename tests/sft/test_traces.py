@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from trl import SFTConfig
 
 from trl_grpo_ext.data import TaskArguments
 from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.sft.options import SFTArguments, sft_problems
 from trl_grpo_ext.sft.solvers import sums
-from trl_grpo_ext.sft.traces import Traces, load_questions, make_traces, solved_rows
+from trl_grpo_ext.sft.traces import Traces, load_questions, load_traces, make_traces, solved_rows
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -120,6 +121,57 @@ def test_traces_of_held_out_questions_are_left_out(tmp_path: Path) -> None:
     assert str(found) == "1 traces; 1 left out: the question is held out"
 
 
+def test_a_held_out_question_earlier_in_a_talk_or_without_its_template_counts(
+    tmp_path: Path,
+) -> None:
+    arguments = task(tmp_path, prompt_template="Sum: {prompt} Reply.")
+    questions = load_questions(arguments)
+    asked = questions.held_out[0]["prompt"][0]["content"]
+    bare = asked.removeprefix("Sum: ").removesuffix(" Reply.")
+    rows = [
+        {"messages": [says(bare), replies("1"), says("again"), replies("1")]},
+        {"messages": [says(f"{asked} And why?"), replies("2")]},
+    ]
+    options = SFTArguments(traces=write(tmp_path / "t.jsonl", rows))
+    found = make_traces(options, questions, template=arguments.prompt_template)
+    assert [row["completion"] for row in found.rows] == [[replies("2")]]
+    assert found.num_held_out == 2
+
+
+def test_notes_are_taken_out_of_solutions(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "answer": "48/2=<<48/2=24>>24\n#### 24"}]
+    arguments = TaskArguments(
+        dataset=write(tmp_path / "g.jsonl", rows),
+        answer_pattern="#### (.+)",
+        solution_column="answer",
+        solution_pattern=r"(?s)(.*?)\s*####",
+    )
+    options = SFTArguments(remove_from_solutions="<<.*?>>", reply_template="{solution}")
+    found, _ = load_traces(options, arguments)
+    assert found.rows[0]["completion"] == [replies("48/2=24")]
+
+
+@pytest.mark.parametrize(
+    ("training", "options", "message"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 1}, {"traces": "t"}, "`eval_strategy` is set"),
+        ({"resume_from_checkpoint": "nowhere"}, {"solver": "sums"}, "which is not a folder"),
+        (
+            {"chat_template_path": "x.jinja"},
+            {"solver": "sums", "opens_think": True},
+            "`opens_think` and `chat_template_path` are set",
+        ),
+        ({"packing": True, "max_length": None}, {"solver": "sums"}, "`packing` is on"),
+    ],
+)
+def test_problems_of_the_training(
+    tmp_path: Path, training: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **training)
+    found = list(sft_problems(task(tmp_path), SFTArguments(**options), args))
+    assert any(message in problem for problem in found), found
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -164,6 +216,7 @@ def problems(tmp_path: Path, options: SFTArguments, **changes: Any) -> list[str]
         ({"solver": "os:sep"}, {}, "`solver` is 'os:sep', which is no function"),
         ({"solver": "sums", "reply_template": "{answer}"}, {}, "does not hold {solution}"),
         ({"solver": "sums", "num_traces": 0}, {}, "`num_traces` is 0"),
+        ({"solver": "sums", "remove_from_solutions": "["}, {}, "`remove_from_solutions` is '['"),
         ({"solver": "sums", "temperature": 0.0}, {}, "`temperature` is 0.0"),
         ({}, {"solution_column": "answer", "solution_pattern": "x"}, "has no group"),
         ({}, {"solution_column": "steps"}, "`solution_column`='steps' is not a column"),

@@ -82,7 +82,11 @@ SEAMS = (
         ),
         constants=("advantages", "log_probs", "entropy"),
     ),
-    Seam("create_model_card", names=("output_dir", "save"), constants=("README.md",)),
+    Seam(
+        "create_model_card",
+        names=("output_dir", "save", "hub_model_id"),
+        constants=("README.md",),
+    ),
     Seam(
         "_generate",
         parameters=("prompts",),
@@ -237,6 +241,35 @@ SEAMS = (
     Seam("_get_grad_norm", parameters=("model", "grad_norm"), owner="Trainer"),
     Seam("_load_rng_state", parameters=("checkpoint",), owner="Trainer"),
     Seam(
+        "init_hf_repo",
+        parameters=("token", "private"),
+        names=("hf_api", "create_repo", "hub_model_id", "hub_token", "push_in_progress"),
+        owner="Trainer",
+    ),
+    Seam(
+        "push_to_hub",
+        parameters=("commit_message", "blocking", "token", "revision", "private"),
+        names=(
+            "hf_api",
+            "upload_folder",
+            "save_model",
+            "create_model_card",
+            "_finish_current_push",
+            "output_dir",
+        ),
+        constants=("run_as_future", "folder_path", "ignore_patterns"),
+        owner="Trainer",
+    ),
+    Seam(
+        "_push_from_checkpoint",
+        parameters=("checkpoint_folder",),
+        names=("hf_api", "upload_folder", "hub_always_push", "push_in_progress", "is_done"),
+        constants=("run_as_future", "folder_path", "path_in_repo", "last-checkpoint"),
+        owner="Trainer",
+    ),
+    Seam("_finish_current_push", names=("push_in_progress",), owner="Trainer"),
+    Seam("_save", names=("args", "TRAINING_ARGS_NAME"), owner="Trainer"),
+    Seam(
         "_save_checkpoint",
         parameters=("model", "trial"),
         names=(
@@ -287,6 +320,14 @@ _CONFIG_FIELDS = (
     "use_transformers_continuous_batching",
     "ds3_gather_for_generation",
     "router_aux_loss_coef",
+    "push_to_hub",
+    "hub_always_push",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_revision",
+    "hub_strategy",
+    "hub_token",
+    "log_completions",
 )
 
 

@@ -90,15 +90,6 @@ class ReferenceSeams(LogprobSeams):
         if self.reference_keeper is not None and self.is_world_process_zero():
             self.reference_keeper.prune(run_dir)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write TRL's model card, with how faithful the reference was."""
-        super().create_model_card(*args, **kwargs)
-        fidelity = None if self.reference_keeper is None else self.reference_keeper.fidelity
-        card = Path(str(self.args.output_dir)) / "README.md"
-        if fidelity is not None and self.is_world_process_zero():
-            text = card.read_text(encoding="utf-8").rstrip()
-            card.write_text(f"{text}\n\n## Reference\n\n{fidelity.sentence()}\n", encoding="utf-8")
-
     def _shared_prefix_logprobs(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *args: Any, **kw: Any
     ) -> Any:

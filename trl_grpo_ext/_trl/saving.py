@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
-from trl_grpo_ext._trl.guards import GuardSeams
+from trl_grpo_ext._trl.hub import HubSeams
 from trl_grpo_ext.checkpointing import (
     LAST_GOOD,
     UNFINISHED,
@@ -23,7 +23,7 @@ from trl_grpo_ext.errors import CheckpointError
 _NEARLY_NOTHING = 1e6  # [bytes]
 
 
-class SavingSeams(GuardSeams):
+class SavingSeams(HubSeams):
     """``trl.GRPOTrainer`` that writes checkpoints aside, and names, pushes and rotates them after.
 
     Attributes:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -43,6 +45,9 @@ class PolicyEvaluationArguments:
         default=256, metadata={"help": "Tokens of a reply at most; a longer one is cut off."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Of the sampled replies."})
+    chat_template_kwargs: dict[str, object] | str | None = field(
+        default=None, metadata={"help": "More arguments of the chat template: a mapping, or JSON."}
+    )
     batch_size: int = field(
         default=64, metadata={"help": "Replies that one process generates at a time."}
     )
@@ -56,6 +61,11 @@ class PolicyEvaluationArguments:
             "service; beyond it there is no result."
         },
     )
+
+    def __post_init__(self) -> None:
+        """Bring what a command line gives into the form that YAML gives."""
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
 
     @property
     def ks(self) -> list[int]:
@@ -113,6 +123,10 @@ class PolicyEvaluation:
     greedy: Accuracy
     sampled: Accuracy | None
 
+    def to_json(self) -> dict[str, float | None]:
+        """Return the metrics, ``None`` where nothing could be measured."""
+        return {n: None if math.isnan(value) else value for n, value in self.metrics.items()}
+
 
 def evaluate_policy(
     model: PreTrainedModel,
@@ -148,6 +162,7 @@ def evaluate_policy(
             temperature=options.temperature,
             seed=options.seed,
             batch_size=options.batch_size,
+            chat_template_kwargs=cast("dict[str, Any] | None", options.chat_template_kwargs),
             accelerator=accelerator,
         )
         refuse_outage(accuracy, is_correct, rows, most=options.max_unscored_fraction)

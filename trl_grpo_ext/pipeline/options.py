@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -20,7 +20,10 @@ class R1Arguments:
     seed: int = field(default=0, metadata={"help": "Of every stage that sets none of its own."})
     sft: StageOptions | str = field(
         default_factory=dict,
-        metadata={"help": "Stage 1, options of recipes/sft.py: a mapping, or JSON."},
+        metadata={
+            "help": "Stage 1, options of recipes/sft.py: a mapping, or JSON, which takes the place "
+            "of the whole mapping; so for the others."
+        },
     )
     grpo: StageOptions | str = field(
         default_factory=dict,
@@ -60,6 +63,16 @@ class R1Arguments:
 STAGE_KEYS = tuple(f.name for f in fields(R1Arguments) if "StageOptions" in str(f.type))
 
 
+_DECIDED = {"all": {"output_dir", "config", "dry_run", "model_name_or_path", "model_source"}}
+_DECIDED["rejection_sft"] = _DECIDED["all"] | {
+    *("traces", "traces_split", "solver", "solution_column", "solution_pattern"),
+}
+_OF_THE_TASK = {
+    *("dataset", "dataset_arguments", "dataset_split", "eval_dataset_split", "prompt_column"),
+    *("keep_answers", "num_eval_prompts", "task_seed"),
+}
+
+
 def r1_problems(options: R1Arguments) -> Iterator[str]:
     """Yield what cannot work in the mappings themselves; each recipe judges its own options."""
     for name in STAGE_KEYS:
@@ -70,10 +83,32 @@ def r1_problems(options: R1Arguments) -> Iterator[str]:
                 "the stage below it in the YAML, or give JSON on the command line."
             )
             continue
-        for key in sorted({"output_dir", "config", "traces"} & set(value)):
+        for key in sorted(_DECIDED.get(name, _DECIDED["all"]) & set(value)):
             yield (
-                f"`{name}` sets `{key}`, which the stages themselves decide. Remove it; "
-                "`output_dir` of the whole is what you can choose."
+                f"`{name}` sets `{key}`, which follows from the stages before it. Remove it; the "
+                "model and `output_dir` of the whole stand at the top."
+            )
+        for key in sorted(_OF_THE_TASK & set(value)):
+            yield (
+                f"`{name}` sets `{key}`, so that it would hold out other prompts than the other "
+                "stages, and train on some of theirs. Set it at the top, for all of them."
+            )
+        for key in sorted({"hub_token"} & set(value)):
+            yield (
+                f"`{name}` sets `{key}`, which would be written to its stage.yaml. Remove it, and "
+                "set HF_TOKEN in the environment."
+            )
+        yield from adapter_problems(name, value)
+
+
+def adapter_problems(where: str, given: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what cannot work in how a model is loaded: each stage starts from a whole one."""
+    for key in ("use_peft", "load_in_4bit", "load_in_8bit"):
+        if given.get(key):
+            yield (
+                f"{where} sets `{key}`, but the next stage starts from a whole model. Remove it, "
+                "or run the stages by themselves (`recipes/sft.py`, ...) and merge the adapter in "
+                "between, with peft's `merge_and_unload`."
             )
 
 

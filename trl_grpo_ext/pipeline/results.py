@@ -11,6 +11,7 @@ from trl_grpo_ext.pipeline.stages import MODELS, SUMMARY_FILE, Stage
 from trl_grpo_ext.report.markdown import section, table
 from trl_grpo_ext.report.plots import BLUE, GREY, PLOT_STYLE
 from trl_grpo_ext.report.versions import library_versions
+from trl_grpo_ext.report.write import write_atomically
 
 GREEDY = "greedy/accuracy"
 PLOT_FILE = Path("plots") / "accuracy_by_stage.png"
@@ -20,6 +21,8 @@ TITLES = {
     "grpo": "2: GRPO",
     "rejection_sft": "3: rejection sampling + SFT",
 }
+
+_MADE_BY = {"rejection_sft": ["rejection", "rejection_sft"]}
 
 Metrics = Mapping[str, float | None]
 
@@ -66,7 +69,7 @@ def table_rows(summary: Mapping[str, Any]) -> list[tuple[object, ...]]:
         (
             TITLES[name],
             *(_with_interval(of_model, metric) for metric in metric_names(metrics)),
-            *(f"{minutes[part]:.1f}" if minutes.get(part) else "" for part in (name,)),
+            _minutes_of(name, minutes),
         )
         for name, of_model in metrics.items()
     ]
@@ -77,10 +80,8 @@ def write_results(folder: Path, summary: Mapping[str, Any], stages: Sequence[Sta
     draw_accuracy(folder / PLOT_FILE, summary["metrics"])
     report = folder / "report.md"
     report.write_text(_page(summary, stages), encoding="utf-8")
-    path = folder / SUMMARY_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    write_atomically(folder / SUMMARY_FILE, text)
     return report
 
 
@@ -116,6 +117,11 @@ def draw_accuracy(path: Path, metrics: Mapping[str, Metrics]) -> None:
 def _spread(metrics: Metrics) -> tuple[float, float]:
     value, low, high = (metrics[f"{GREEDY}{end}"] or 0.0 for end in ("", "/low", "/high"))
     return max(value - low, 0.0), max(high - value, 0.0)
+
+
+def _minutes_of(name: str, minutes: Mapping[str, float]) -> str:
+    parts = [minutes[part] for part in _MADE_BY.get(name, [name]) if part in minutes]
+    return f"{sum(parts):.1f}" if parts else ""
 
 
 def _with_interval(metrics: Metrics, name: str) -> str:

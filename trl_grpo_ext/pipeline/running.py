@@ -31,7 +31,8 @@ from trl_grpo_ext.pipeline.stages import SETTINGS_FILE, Stage
 _PATIENCE = timedelta(days=30)  # that a process waits for the first one to say what comes next
 _SKIP = b"skip"
 _PR_SET_PDEATHSIG = 1
-_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SHARDING = ("FSDP_", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED")
+TRAINING = ("sft", "grpo")  # recipes that train, and go on from checkpoints
 
 
 class Peers:
@@ -62,24 +63,32 @@ class Peers:
             timeout=_PATIENCE,
         )
 
-    def agreed_port(self, stage: Stage, *, needed: bool) -> int | None:
-        """Return where the parts of a stage meet, as the first process says; None to skip it.
+    def agreed_port(self, what: str, *, needed: bool) -> int | None:
+        """Return where the parts of a program meet, as the first process says; None to skip it.
 
         Args:
-            stage: What is next.
+            what: Is next; asked for once.
             needed: Whether it is to run; what the first process says counts.
         """
         if self._store is None:
             return 0 if needed else None
-        key = f"r1/{stage.name}"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        key = f"r1/{attempt}/{what}"
         if self.is_first:
             self._store.set(key, str(_free_port()) if needed else _SKIP.decode())
         said = self._store.get(key)
         return None if said == _SKIP else int(said)
 
 
-def check_stage(stage: Stage, recipes: Path) -> str:
+def check_stage(stage: Stage, recipes: Path, *, port: int) -> str:
     """Return what the dry run of a stage prints; outputs of earlier stages may be missing.
+
+    Every process runs its part, so that what depends on their number is judged as it will be.
+
+    Args:
+        stage: To be checked.
+        recipes: The folder of the programs.
+        port: Where the parts meet; 0 for one process.
 
     Raises:
         ConfigurationError: The recipe refuses the settings.
@@ -87,14 +96,15 @@ def check_stage(stage: Stage, recipes: Path) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch) / "stage.yaml"
         config.write_text(stage.to_yaml(checkable=True), encoding="utf-8")
-        environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHED}
         ran = subprocess.run(
             [*_command(stage, recipes, config), "--dry_run"],
-            env=environment,
+            env=_environment(stage, port),
             capture_output=True,
             text=True,
             check=False,
         )
+    if ran.returncode and int(os.environ.get("RANK", "0")):
+        sys.exit(1)  # the first process says why
     if ran.returncode:
         raise ConfigurationError([_refused(stage, ran.stderr)])
     return ran.stdout
@@ -110,9 +120,7 @@ def run_stage(stage: Stage, recipes: Path, *, port: int) -> int:
         recipes: The folder of the programs.
         port: Where the parts meet; 0 for one process.
     """
-    environment = dict(os.environ)
-    if port:
-        environment |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": str(False)}
+    environment = _environment(stage, port)
     command = [*_command(stage, recipes, stage.folder / SETTINGS_FILE), *_resuming(stage)]
     part = subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_end_with_parent)
 
@@ -128,16 +136,25 @@ def run_stage(stage: Stage, recipes: Path, *, port: int) -> int:
     return code if code >= 0 else 128 - code
 
 
+def _environment(stage: Stage, port: int) -> dict[str, str]:
+    """Return the environment of a part; what does not train holds whole models, unsharded."""
+    environment = dict(os.environ)
+    if port:
+        environment |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": str(False)}
+    if stage.recipe in TRAINING:
+        return environment
+    return {key: value for key, value in environment.items() if not key.startswith(_SHARDING)}
+
+
 def _command(stage: Stage, recipes: Path, config: Path) -> list[str]:
     return [sys.executable, str(recipes / f"{stage.recipe}.py"), "--config", str(config)]
 
 
 def _resuming(stage: Stage) -> Sequence[str]:
     """Return what makes a training recipe go on from the checkpoints that it left."""
-    if stage.recipe not in ("sft", "grpo") or get_last_checkpoint(str(stage.folder)) is None:
+    if stage.recipe not in TRAINING or get_last_checkpoint(str(stage.folder)) is None:
         return []
-    last = get_last_checkpoint(str(stage.folder)) if stage.recipe == "sft" else LAST_GOOD
-    return ["--resume_from_checkpoint", str(last)]
+    return ["--resume_from_checkpoint", LAST_GOOD]
 
 
 def _end_with_parent() -> None:

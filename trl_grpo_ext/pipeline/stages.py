@@ -3,13 +3,14 @@
     base --sft--> sft --grpo--> grpo --rejection--> dataset --rejection_sft--> rejection_sft
 
 Each model is evaluated when it is there. A stage's settings lie in its folder as ``stage.yaml``,
-which its recipe takes by itself too; its ``summary.json`` is the last file that it writes.
+which its recipe takes by itself too; its ``summary.json`` says that it is complete.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Stage:
         name: Of the stage, and of its folder: ``sft``, ``evaluation/sft``.
         recipe: Name of the program in recipes/, without its ending.
         settings: All of its options.
+        inputs: Names of the stages whose output it starts from.
         stand_ins: What takes the place of outputs of earlier stages while they are not there, so
             that the settings can be checked before anything runs; ``None`` takes an option out.
     """
@@ -37,6 +39,7 @@ class Stage:
     name: str
     recipe: str
     settings: Mapping[str, Any]
+    inputs: Sequence[str]
     stand_ins: Mapping[str, Any]
 
     @property
@@ -48,11 +51,11 @@ class Stage:
         """Return whether its output is there, made with these settings.
 
         Raises:
-            ConfigurationError: It was made with others.
+            ConfigurationError: What is there was made with others.
         """
-        if not (self.folder / SUMMARY_FILE).is_file():
-            return False
         path = self.folder / SETTINGS_FILE
+        if not self.folder.is_dir() or not any(each != path for each in self.folder.iterdir()):
+            return False
         made_with = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
         wanted = yaml.safe_load(self.to_yaml())
         changed = sorted(
@@ -60,7 +63,17 @@ class Stage:
         )
         if changed:
             raise ConfigurationError([_made_otherwise(self, changed)])
-        return True
+        return (self.folder / SUMMARY_FILE).is_file()
+
+    def set_aside(self) -> Path | None:
+        """Move the folder to where no stage looks; return where, ``None`` if there is none."""
+        if not self.folder.exists():
+            return None
+        numbers = itertools.count(1)
+        aside = next(
+            path for n in numbers if not (path := Path(f"{self.folder}.earlier-{n}")).exists()
+        )
+        return self.folder.rename(aside)
 
     def to_yaml(self, *, checkable: bool = False) -> str:
         """Return the settings as its recipe takes them.
@@ -98,10 +111,10 @@ def make_stages(options: R1Arguments, shared: Mapping[str, Any]) -> list[Stage]:
         return {"model_name_or_path": str(root / name), "model_source": "auto"}
 
     def stage(name: str, recipe: str, own: Mapping[str, Any], *, model: str, **more: Any) -> Stage:
-        stand_ins = {} if model == "base" else {"model_source": None, **base}
-        kept = {key: value for key, value in own.items() if key not in stand_ins}
-        settings = {**common, **trained(model), **more, **kept, "output_dir": str(root / name)}
-        return Stage(name, recipe, settings, stand_ins)
+        settings = {**common, **trained(model), **more, **own, "output_dir": str(root / name)}
+        if model == "base":
+            return Stage(name, recipe, settings, [], {})
+        return Stage(name, recipe, settings, [model], {"model_source": None, **base})
 
     def evaluated(name: str) -> Stage:
         return stage(f"evaluation/{name}", "evaluation", options.of("evaluation"), model=name)
@@ -129,9 +142,31 @@ def make_stages(options: R1Arguments, shared: Mapping[str, Any]) -> list[Stage]:
         stage("grpo", "grpo", options.of("grpo"), model="sft", **unmeasured),
         evaluated("grpo"),
         stage("rejection", "rejection_sampling", options.of("rejection"), model="grpo"),
-        Stage(again.name, again.recipe, again.settings, {**again.stand_ins, **solved}),
+        replace(
+            again, inputs=[*again.inputs, "rejection"], stand_ins={**again.stand_ins, **solved}
+        ),
         evaluated("rejection_sft"),
     ]
+
+
+def missing_stages(stages: Sequence[Stage]) -> list[Stage]:
+    """Return the stages that are to run: those that are not complete, or start from one of these.
+
+    Raises:
+        ConfigurationError: One that starts from complete ones was made with other settings.
+    """
+    missing: dict[str, Stage] = {}
+    for stage in stages:
+        if any(name in missing for name in stage.inputs) or not stage.is_complete():
+            missing[stage.name] = stage
+    return list(missing.values())
+
+
+def set_aside_outdated(missing: Sequence[Stage]) -> list[Path]:
+    """Move aside what was made from earlier outputs of stages that run again; return where to."""
+    names = {stage.name for stage in missing}
+    moved = [stage.set_aside() for stage in missing if names & set(stage.inputs)]
+    return [path for path in moved if path is not None]
 
 
 def distinct(stages: Sequence[Stage]) -> list[Stage]:
@@ -142,7 +177,7 @@ def distinct(stages: Sequence[Stage]) -> list[Stage]:
 def _made_otherwise(stage: Stage, changed: list[str]) -> str:
     named = ", ".join(f"`{key}`" for key in changed[:8])
     return (
-        f"{stage.folder} is complete, but was made with other settings ({named} differ), so what "
-        "follows would not be what the YAML says. Set these back, name another `output_dir`, or "
-        f"delete {stage.folder} and the folders of the stages behind it to run them again."
+        f"{stage.folder} was made with other settings ({named} differ), so going on would not "
+        "give what the YAML says. Set these back, name another `output_dir`, or move that folder "
+        "away to run the stage, and those behind it, again."
     )

@@ -40,7 +40,7 @@ def code_span(text: str) -> str:
     """Return text as inline code on one line, also inside a table."""
     if not text:
         return ""
-    line = _visible(text).replace("\t", "\\t").replace("\n", "\\n").replace("|", "\\|")
+    line = visible(text).replace("\t", "\\t").replace("\n", "\\n").replace("|", "\\|")
     ticks = "`" * (_longest_run(line) + 1)
     pad = " " if "`" in line or not line.strip() else ""
     return f"{ticks}{pad}{line}{pad}{ticks}"
@@ -48,7 +48,7 @@ def code_span(text: str) -> str:
 
 def fenced(text: str, *, language: str = "text") -> str:
     """Return text as a code block that it cannot close, cut where it is very long."""
-    shown = _visible(text[:MAX_EXAMPLE_CHARS])
+    shown = visible(text[:MAX_EXAMPLE_CHARS])
     cut = len(text) - MAX_EXAMPLE_CHARS
     fence = "`" * max(3, _longest_run(shown) + 1)
     block = f"{fence}{language}\n{shown}\n{fence}"
@@ -59,7 +59,7 @@ def _longest_run(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Return text with control characters, and those that turn the writing direction, spelt out."""
     return "".join(
         character if character in "\n\t" or not _is_hidden(character) else _escape(character)

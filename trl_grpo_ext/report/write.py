@@ -61,9 +61,9 @@ def write_report(
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     history = History.of(log_history)
-    clean_summary = _ordered({"versions": library_versions(), **_clean_mapping(summary)})
-    clean_settings = _clean_mapping(settings)
-    _write_atomically(folder / "summary.json", json.dumps(clean_summary, indent=2) + "\n")
+    clean_summary = _ordered({"versions": library_versions(), **clean_mapping(summary)})
+    clean_settings = clean_mapping(settings)
+    write_atomically(folder / "summary.json", json.dumps(clean_summary, indent=2) + "\n")
     drawn = write_plots(folder / "plots", history)
     page = render_page(
         folder,
@@ -74,11 +74,12 @@ def write_report(
         examples=examples,
     )
     path = folder / "report.md"
-    _write_atomically(path, page)
+    write_atomically(path, page)
     return path
 
 
-def _clean_mapping(values: Mapping[str, object]) -> dict[str, object]:
+def clean_mapping(values: Mapping[str, object]) -> dict[str, object]:
+    """Return what strict JSON can hold, without secrets: NaN becomes null, others a string."""
     return {
         str(key): "(not shown)" if SECRET_KEY.search(str(key)) and value else _clean(value)
         for key, value in values.items()
@@ -88,7 +89,7 @@ def _clean_mapping(values: Mapping[str, object]) -> dict[str, object]:
 def _clean(value: object) -> object:
     """Return what strict JSON can hold: NaN becomes null, what it does not know a string."""
     if isinstance(value, Mapping):
-        return _clean_mapping(value)
+        return clean_mapping(value)
     if isinstance(value, list | tuple):
         return [_clean(item) for item in value]
     if isinstance(value, np.generic):
@@ -106,7 +107,7 @@ def _ordered(summary: Mapping[str, object]) -> dict[str, object]:
     return {key: summary[key] for key in sorted(summary, key=rank)}
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a file that a reader sees whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")

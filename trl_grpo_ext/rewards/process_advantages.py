@@ -70,6 +70,12 @@ def process_advantage_problems(
     """
     num_rewards = sum(map(has_process_advantages, rewards))
     if num_rewards == 0:
+        if getattr(args, "step_baseline", "group") != "group":
+            yield (
+                f"`step_baseline` is {args.step_baseline!r}, but no reward has "
+                "`process_advantages`, so there are no steps to compare. Set `process_advantages: "
+                "true` in the arguments of a process reward, or remove `step_baseline`."
+            )
         return
     if num_rewards > 1:
         yield (

@@ -12,6 +12,7 @@ from trl_grpo_ext.rewards.completion import Message
 
 # For tokenizers that have none: it needs no token but the one that ends a reply.
 PLAIN_TEMPLATE = (
+    "{% if bos_token is defined and bos_token %}{{ bos_token }}{% endif %}"
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
     "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\\n\\n' }}"
@@ -22,7 +23,8 @@ PLAIN_TEMPLATE = (
 OPENED = "<think>\n"
 _OPENING = "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
 _PROBE = [{"role": "user", "content": "How much is 1 + 1?"}]
-_REPLY = f"{OPENED}1 + 1 = 2\n</think>\n<answer>2</answer>"
+_LAST = "</answer>"
+_REPLY = f"{OPENED}1 + 1 = 2\n</think>\n<answer>2{_LAST}"
 
 
 def prepare_chat_template(
@@ -41,9 +43,7 @@ def prepare_chat_template(
         A sentence a change.
 
     Raises:
-        ConfigurationError: The template still does not show the thinking of a reply, or a prompt
-            is not the beginning of the conversation with its reply, so that the loss cannot be on
-            the reply alone.
+        ConfigurationError: As :func:`check_chat_template`.
 
     Example:
         >>> from trl_grpo_ext.sft.chat_template import prepare_chat_template  # doctest: +SKIP
@@ -64,9 +64,41 @@ def prepare_chat_template(
     if opens_think and not _prompt(tokenizer).endswith(OPENED):
         tokenizer.chat_template = f"{tokenizer.chat_template}{_OPENING}"
         changes.append("The chat template was made to open <think> for the model.")
+    check_chat_template(tokenizer)
+    end = end_of_reply(tokenizer)
+    if end != tokenizer.eos_token_id:
+        before, tokenizer.eos_token = tokenizer.eos_token, tokenizer.convert_ids_to_tokens(end)
+        changes.append(
+            f"A reply ends with {tokenizer.eos_token} in the chat template: that is the token to "
+            f"stop at, in the place of {before}."
+        )
+    return changes
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat template that cannot teach to think, or to end.
+
+    Raises:
+        ConfigurationError: It does not show all of a reply, up to white space, behind its prompt,
+            or no special token ends a reply.
+    """
     if not _shows_thinking(tokenizer):
         raise ConfigurationError([_unusable()])
-    return changes
+    end_of_reply(tokenizer)
+
+
+def end_of_reply(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that the chat template ends a reply with.
+
+    Raises:
+        ConfigurationError: It is no special token, so that sampling could not stop at it.
+    """
+    behind = _whole(tokenizer).rpartition(_LAST)[2].lstrip()
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if not ids or ids[0] not in special | set(tokenizer.all_special_ids):
+        raise ConfigurationError([_endless()])
+    return int(ids[0])
 
 
 def refuse_unopened(
@@ -99,9 +131,17 @@ def _prompt(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _shows_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether a conversation is its prompt, then its reply with all that it thought."""
+    whole = _whole(tokenizer)
+    return whole.startswith(_prompt(tokenizer)) and _squeezed(_REPLY) in _squeezed(whole)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _whole(tokenizer: PreTrainedTokenizerBase) -> str:
     reply = {"role": "assistant", "content": _REPLY}
-    whole = str(tokenizer.apply_chat_template([*_PROBE, reply], tokenize=False))
-    return whole.startswith(_prompt(tokenizer)) and _REPLY in whole
+    return str(tokenizer.apply_chat_template([*_PROBE, reply], tokenize=False))
 
 
 def _replace_by_trls(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -113,6 +153,14 @@ def _replace_by_trls(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
     tokenizer.chat_template = template
     return True
+
+
+def _endless() -> str:
+    return (
+        "the chat template of this tokenizer ends a reply with no special token, so a model could "
+        "not learn when to stop. Set `chat_template_path` to a template that writes one, such as "
+        "the tokenizer's EOS token, behind each reply."
+    )
 
 
 def _unusable() -> str:

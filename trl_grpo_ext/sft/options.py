@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 
 from trl import SFTConfig
 
+from trl_grpo_ext.checkpointing import LAST_GOOD
 from trl_grpo_ext.data import TaskArguments, task_problems
 from trl_grpo_ext.sft.solvers import SOLVERS, Solver
 
@@ -42,6 +45,13 @@ class SFTArguments:
         metadata={
             "help": "The reply that is imitated; {solution} and {answer} stand for those of the "
             "question. Traces are taken as they are."
+        },
+    )
+    remove_from_solutions: str | None = field(
+        default=None,
+        metadata={
+            "help": "A regular expression whose matches are taken out of solutions; '<<.*?>>' for "
+            "the calculator's notes in GSM8K."
         },
     )
     opens_think: bool = field(
@@ -100,12 +110,48 @@ def sft_problems(task: TaskArguments, options: SFTArguments, *training: SFTConfi
             yield f"`{name}` is {count}. Use at least 1, or leave it out."
     if options.temperature <= 0:
         yield f"`temperature` is {options.temperature}. Use a number above 0."
+    if options.remove_from_solutions is not None:
+        yield from _pattern_problems(options.remove_from_solutions)
     for config in training:
+        yield from _training_problems(task, options, config)
         if config.packing and config.max_length is None:
             yield (
                 "`packing` is on but `max_length` is null, so it is open how long a packed row "
                 "may be. Set `max_length` to the tokens of a row."
             )
+
+
+def _pattern_problems(pattern: str) -> Iterator[str]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        yield (
+            f"`remove_from_solutions` is {pattern!r}, which is not a regular expression ({error}), "
+            "so nothing can be taken out. Correct it, such as '<<.*?>>', or leave it out."
+        )
+
+
+def _training_problems(
+    task: TaskArguments, options: SFTArguments, config: SFTConfig
+) -> Iterator[str]:
+    has_held_out = task.num_eval_prompts > 0 or task.eval_dataset_split is not None
+    if config.eval_strategy != "no" and (options.traces is not None or not has_held_out):
+        yield (
+            "`eval_strategy` is set, but there are no held-out solutions whose loss could be "
+            "measured: `traces` are all trained on, and a task needs `num_eval_prompts`. Set "
+            "`eval_strategy: no`; recipes/evaluation.py measures accuracy."
+        )
+    if config.chat_template_path is not None and options.opens_think:
+        yield (
+            "`opens_think` and `chat_template_path` are set, but the template of that path is "
+            "taken as it is. Remove one of them."
+        )
+    checkpoint = config.resume_from_checkpoint
+    if checkpoint not in (None, LAST_GOOD) and not Path(str(checkpoint)).is_dir():
+        yield (
+            f"`resume_from_checkpoint` is {checkpoint!r}, which is not a folder. Name a "
+            f"checkpoint-N folder of the run, or {LAST_GOOD} for its newest whole one."
+        )
 
 
 def _source_problems(task: TaskArguments, options: SFTArguments) -> Iterator[str]:

@@ -7,6 +7,7 @@ before it as its prompt is also what the model will see when it is asked.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,23 @@ class Traces:
         return f"{self.rows.num_rows} traces{left}"
 
 
+def load_traces(
+    options: SFTArguments, arguments: TaskArguments, *, seed: int = 0
+) -> tuple[Traces, Task]:
+    """Return what is imitated, and the task with the questions that are held out.
+
+    Args:
+        options: As for :func:`make_traces`, like ``seed``.
+        arguments: Of the task.
+        seed: Of the shuffle.
+
+    Raises:
+        ConfigurationError: As :func:`~trl_grpo_ext.data.load_task` and :func:`make_traces`.
+    """
+    task = load_questions(arguments)
+    return make_traces(options, task, template=arguments.prompt_template, seed=seed), task
+
+
 def load_questions(arguments: TaskArguments) -> Task:
     """Return the task, or one without rows where `dataset` is not set and traces are all there is.
 
@@ -56,24 +74,27 @@ def load_questions(arguments: TaskArguments) -> Task:
     return Task(train=nothing, held_out=nothing)
 
 
-def make_traces(options: SFTArguments, task: Task, *, seed: int = 0) -> Traces:
+def make_traces(
+    options: SFTArguments, task: Task, *, template: str = "{prompt}", seed: int = 0
+) -> Traces:
     """Return the turns to imitate, the same in every process.
 
     Args:
         options: Where they come from: ``traces``, else the solutions of the task's own questions.
-        task: The questions.
+        task: The questions. A trace in which somebody asks one that is held out is left out.
+        template: ``prompt_template`` of the task; traces may ask without it.
         seed: Shuffles traces that are read, before the first ``num_traces`` are taken.
 
     Raises:
         ConfigurationError: There is none, or a row is no conversation.
     """
     if options.traces is None:
-        turns, num_unsolved = _solved(task.train, options)
+        turns, num_unsolved = _solved(task.train, options, most=options.num_traces)
         made = Traces(_rows(turns), num_unsolved=num_unsolved)
     else:
         turns = _read(options)
-        held_out = {_question(row["prompt"]) for row in task.held_out}
-        kept = [turn for turn in turns if _question(turn[0]) not in held_out]
+        held_out = {text for row in task.held_out for text in _forms(row["prompt"], template)}
+        kept = [turn for turn in turns if not held_out & set(_asked(turn[0]))]
         rows = _rows(kept).shuffle(seed=seed)
         made = Traces(rows, num_held_out=len(turns) - len(kept))
     if not made.rows.num_rows:
@@ -87,19 +108,29 @@ def solved_rows(rows: Dataset, options: SFTArguments) -> Dataset:
     return _rows(_solved(rows, options)[0])
 
 
-def _solved(rows: Dataset, options: SFTArguments) -> tuple[list[Turn], int]:
+def _solved(
+    rows: Dataset, options: SFTArguments, *, most: int | None = None
+) -> tuple[list[Turn], int]:
+    """Return the turns of the first questions that have a solution, and how many had none."""
     turns: list[Turn] = []
+    num_unsolved, solve = 0, options.solve
     for row in rows:
-        solution = _solution(row, options.solve)
-        if solution:
+        if len(turns) == most:
+            break
+        if solution := _solution(row, options, solve):
             reply = options.reply_template.replace("{answer}", str(row.get("answer")))
             reply = reply.replace("{solution}", solution)
             turns.append((row["prompt"], {"role": "assistant", "content": reply}))
-    return turns, rows.num_rows - len(turns)
+        else:
+            num_unsolved += 1
+    return turns, num_unsolved
 
 
-def _solution(row: Mapping[str, Any], solve: Solver | None) -> str | None:
-    return row["solution"] if solve is None else solve(_question(row["prompt"]))
+def _solution(row: Mapping[str, Any], options: SFTArguments, solve: Solver | None) -> str | None:
+    text = row["solution"] if solve is None else solve(_asked(row["prompt"])[-1])
+    if not text or options.remove_from_solutions is None:
+        return text
+    return re.sub(options.remove_from_solutions, "", text).strip()
 
 
 def _read(options: SFTArguments) -> list[Turn]:
@@ -151,10 +182,18 @@ def _rows(turns: Sequence[Turn]) -> Dataset:
     return Dataset.from_dict(columns, features=Features(prompt=MESSAGES, completion=MESSAGES))
 
 
-def _question(prompt: Sequence[Message]) -> str:
-    """Return the last thing that was asked, up to white space."""
+def _asked(prompt: Sequence[Message]) -> list[str]:
+    """Return all that was asked, up to white space; an empty text if nothing was."""
     asked = [str(message["content"]) for message in prompt if message["role"] == "user"]
-    return " ".join(asked[-1].split()) if asked else ""
+    return [" ".join(text.split()) for text in asked or [""]]
+
+
+def _forms(prompt: Sequence[Message], template: str) -> list[str]:
+    """Return a question as the task asks it, and without the task's template."""
+    asked = str(prompt[-1]["content"])
+    before, _, behind = template.partition("{prompt}")
+    bare = asked.removeprefix(before).removesuffix(behind)
+    return [" ".join(text.split()) for text in (asked, bare)]
 
 
 def _nothing(made: Traces) -> str:

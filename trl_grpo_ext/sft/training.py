@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
+from trl_grpo_ext.checkpointing import LAST_GOOD
 from trl_grpo_ext.cpu_linear import use_onednn
-from trl_grpo_ext.sft.chat_template import prepare_chat_template, refuse_unopened
+from trl_grpo_ext.sft.chat_template import (
+    check_chat_template,
+    end_of_reply,
+    prepare_chat_template,
+    refuse_unopened,
+)
 
 
 def build_trainer(
@@ -62,6 +70,36 @@ def build_trainer(
         processing_class=tokenizer,
         peft_config=get_peft_config(model),
     )
-    if args.device.type == "cpu" and trainer.model is not None:
-        use_onednn(trainer.model)
+    check_chat_template(tokenizer)
+    policy: Any = trainer.model
+    stops_at(policy, end_of_reply(tokenizer))
+    if args.device.type == "cpu":
+        use_onednn(policy)
     return trainer
+
+
+def stops_at(model: Any, token: int) -> None:
+    """Make a token one that generation stops at, before those that the model has."""
+    known = model.generation_config.eos_token_id
+    others = [known] if isinstance(known, int) else list(known or [])
+    if token not in others:
+        model.generation_config.eos_token_id = [token, *others]
+
+
+def checkpoint_to_resume(args: SFTConfig) -> str | None:
+    """Return what ``resume_from_checkpoint`` stands for: for ``last-good`` the newest whole one."""
+    asked = args.resume_from_checkpoint
+    return last_whole_checkpoint(str(args.output_dir)) if asked == LAST_GOOD else asked
+
+
+def last_whole_checkpoint(output_dir: str) -> str | None:
+    """Return the newest checkpoint of a run that has all its files; ``None`` if there is none.
+
+    transformers writes the trainer's state behind weights and optimizer, in the folder itself.
+    """
+    numbered = {
+        int(path.name.rpartition("-")[2]): path
+        for path in Path(output_dir).glob("checkpoint-*")
+        if path.name.rpartition("-")[2].isdigit() and (path / TRAINER_STATE_NAME).is_file()
+    }
+    return str(numbered[max(numbered)]) if numbered else None

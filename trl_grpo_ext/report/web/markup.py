@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
-from trl_grpo_ext.report.markdown import _visible
+from trl_grpo_ext.report.markdown import visible
 
 # What would end the script element or begin another; the rest is ASCII.
 _ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&"}
@@ -27,7 +27,7 @@ def text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return html.escape(_visible(shown))
+    return html.escape(visible(shown))
 
 
 def prose(sentence: object) -> str:

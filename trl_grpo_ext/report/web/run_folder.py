@@ -15,7 +15,7 @@ from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.report.history import History
 from trl_grpo_ext.report.web.completions import FILES as COMPLETIONS
 from trl_grpo_ext.report.web.completions import Completions, read_completions
-from trl_grpo_ext.report.write import _clean_mapping
+from trl_grpo_ext.report.write import clean_mapping
 
 SUMMARY, METRICS, STAGE_SETTINGS = "summary.json", "metrics.jsonl", "stage.yaml"
 STATES = "checkpoint-*/trainer_state.json"
@@ -146,7 +146,7 @@ def _redacted(values: Mapping[str, Any]) -> dict[str, Any]:
             return [without(inner) for inner in value]
         return _CREDENTIALS.sub("(not shown)@", value) if isinstance(value, str) else value
 
-    return {key: without(value) for key, value in _clean_mapping(values).items()}
+    return {key: without(value) for key, value in clean_mapping(values).items()}
 
 
 def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:

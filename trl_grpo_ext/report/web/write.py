@@ -8,7 +8,7 @@ from pathlib import Path
 from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.report.web.page import render
 from trl_grpo_ext.report.web.run_folder import read_runs
-from trl_grpo_ext.report.write import _write_atomically
+from trl_grpo_ext.report.write import write_atomically
 
 MAX_COMPLETIONS = 2000  # some megabytes, where they are long
 
@@ -39,7 +39,7 @@ def write_web_report(
     path = Path(output) if output is not None else alone
     page = render(read_runs(paths, max_completions=max_completions))
     try:
-        _write_atomically(path, page)
+        write_atomically(path, page)
     except OSError as error:
         raise ConfigurationError(
             [
