@@ -36,6 +36,7 @@ def run(recipe: Recipe) -> int:
     """Measure, train, measure, write everything to the output folder; return the exit code."""
     task = load_task(recipe.task)
     trainer = build_trainer(recipe, task)
+    trainer.run_settings, trainer.run_dataset = recipe.settings, recipe.task.dataset
     before = measure(trainer, recipe, task)
     trainer.accelerator.print(f"Accuracy before: {before}")
     trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)

@@ -7,8 +7,7 @@ How it departs from the paper: no judge beside the rewards; duplicates and diffi
 
 Hardware, minutes, expected result: in the header of the YAML.
 
-    accelerate launch recipes/rejection_sampling.py \
-        --config recipes/configs/rejection_quickstart.yaml
+    accelerate launch recipes/rejection_sampling.py --config recipes/configs/NAME.yaml
 
 Every option of the YAML can be given on the command line too. ``--dry_run`` checks all of it and
 loads no model. Killed, it goes on where it was when the same command is given again.
@@ -27,6 +26,7 @@ from rich.console import Console
 from trl import ModelConfig
 
 from trl_grpo_ext.data import TaskArguments, load_task, task_problems
+from trl_grpo_ext.hub.push import push_dataset
 from trl_grpo_ext.model_cache import prepare_model
 from trl_grpo_ext.peers import ending_together
 from trl_grpo_ext.recipe import (
@@ -110,6 +110,8 @@ def choose(recipe: Recipe, folder: Path, *, num_prompts: int) -> None:
     about |= {"minutes": minutes_since_start(), "versions": library_versions()}
     summary = write_summary(options.output_dir, {**tally.summary(), **about})
     print(f"The dataset is in {summary.parent / 'dataset'}; {summary} has the numbers.")
+    if options.push_to_hub:
+        print(push_dataset(summary.parent / "dataset", **options.repository))
 
 
 def read(argv: Sequence[str] | None) -> Recipe:

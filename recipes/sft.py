@@ -38,6 +38,7 @@ from trl_grpo_ext.recipe import (
 from trl_grpo_ext.report import write_report
 from trl_grpo_ext.rewards import build_rewards
 from trl_grpo_ext.sft.options import SFTArguments, sft_problems
+from trl_grpo_ext.sft.pushing import push_at_end, take_push
 from trl_grpo_ext.sft.traces import Traces, load_traces, solved_rows
 from trl_grpo_ext.sft.training import build_trainer, checkpoint_to_resume
 
@@ -63,6 +64,7 @@ class Recipe:
 def run(recipe: Recipe) -> int:
     """Measure, train, measure, write everything to the output folder; return the exit code."""
     traces, task = load_traces(recipe.options, recipe.task, seed=recipe.training.seed)
+    asked = take_push(recipe.training)
     trainer = make_trainer(recipe, traces, task)
     trainer.accelerator.print(f"Training on {traces}.")
     before = measure(trainer, recipe, task)
@@ -79,8 +81,7 @@ def run(recipe: Recipe) -> int:
             examples=compare_replies(task.held_out, before, after),
         )
         print(f"The model and its report are in {report.parent}. Read {report}.")
-    if recipe.training.push_to_hub:
-        trainer.push_to_hub(dataset_name=recipe.options.traces or recipe.task.dataset)
+        push_at_end(trainer, asked=asked)
     return 0
 
 

@@ -32,17 +32,17 @@ def train(
     """Train, and return what was printed; the process must end by itself."""
     words = [sys.executable, str(_RUN), str(model), str(output_dir), json.dumps(options)]
     env = environment(url, output_dir.parent / "home", **variables or {})
-    return _run(words, env, limit_s=limit_s)
+    return run_program(words, env, limit_s=limit_s)
 
 
 def push(url: str, folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run ``trl-grpo-ext push``."""
     command = [sys.executable, "-m", "trl_grpo_ext.cli", "push", str(folder), *words]
     env = environment(url, folder.parent / "home", **variables)
-    return _run(command, {name: value for name, value in env.items() if value}, limit_s=120)
+    return run_program(command, {name: value for name, value in env.items() if value}, limit_s=120)
 
 
-def _run(
+def run_program(
     words: list[str], env: dict[str, str], *, limit_s: float
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

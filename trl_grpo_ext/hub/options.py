@@ -59,13 +59,25 @@ def hub_problems(
             "`push_completions` is true, but `push_to_hub` or `log_completions` is not, so there "
             "is nothing to upload. Set both to true, or remove `push_completions`."
         )
-    if not push_to_hub:
-        return
-    name = hub_model_id or Path(output_dir or "").absolute().name
+    if push_to_hub:
+        name = hub_model_id or Path(output_dir or "").absolute().name
+        yield from repo_problems(name, hub_token=hub_token)
+
+
+def repo_problems(
+    name: str, *, hub_token: str | None = None, option: str = "hub_model_id"
+) -> Iterator[str]:
+    """Yield why nothing could be uploaded to a repository of this name.
+
+    Args:
+        name: ``OWNER/NAME``, or a name.
+        hub_token: If one is given.
+        option: Which sets the name.
+    """
     if not is_repo_id(name):
         yield (
             f"`push_to_hub` is true, but {name!r} cannot be the name of a repository. Set "
-            "`hub_model_id` to OWNER/NAME, of letters, digits, '-', '_' and '.'."
+            f"`{option}` to OWNER/NAME, of letters, digits, '-', '_' and '.'."
         )
     is_main = os.environ.get("RANK", "0") == "0"  # the only one that needs a token
     if is_main and not is_offline_mode() and hub_token is None and get_token() is None:

@@ -60,11 +60,10 @@ def push_folder(
     return list(_push(run_dir, uploads, others=others, pause_s=pause_s))
 
 
-def push_dataset(folder: str | Path, *, repo_id: str, private: bool = True) -> str | None:
+def push_dataset(folder: str | Path, *, repo_id: str, private: bool = True) -> str:
     """Upload a folder of parquet files as a dataset, with a card if it has none.
 
-    For the end of a program: it never raises because of the Hub. What is not uploaded is told, with
-    the command that uploads it.
+    For the end of a program: it never raises because of the Hub.
 
     Args:
         folder: With ``*.parquet``.
@@ -72,19 +71,27 @@ def push_dataset(folder: str | Path, *, repo_id: str, private: bool = True) -> s
         private: Whether the repository is created so.
 
     Returns:
-        A line that says where it is; ``None`` if it was not uploaded.
+        A line that says where it is, or what is missing and the command that uploads it.
     """
     run_dir = Path(folder)
     card = run_dir / CARD
     if not card.exists():
         card.write_text(folder_card(repo_id), encoding="utf-8")
     upload = replace(_whole(run_dir, repo_id), repo_type="dataset", private=private)
+    return push_or_tell(run_dir, upload)
+
+
+def push_or_tell(folder: str | Path, upload: Upload) -> str:
+    """Upload something of a run's folder; return where it is, or what is missing and the command.
+
+    For the end of a program: it never raises because of the Hub.
+    """
+    run_dir = Path(folder)
     write_record(run_dir, [upload])
     try:
         return push_folder(run_dir)[0]
     except HubError as error:
-        logger.warning(str(error))
-        return None
+        return str(error)
 
 
 def _check(run_dir: Path) -> None:

@@ -9,6 +9,7 @@ from typing import get_args
 from trl import ModelConfig
 
 from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.hub.options import repo_problems
 from trl_grpo_ext.rejection.balance import Balance
 from trl_grpo_ext.rejection.options import (
     DATASET_FORMATS,
@@ -75,6 +76,8 @@ def rejection_problems(options: RejectionArguments, *, model: str = "") -> Itera
     yield from _sampling_problems(options)
     yield from _sampler_problems(options, model)
     yield from _rule_problems(options)
+    if options.push_to_hub:
+        yield from repo_problems(options.repository["repo_id"], option="hub_dataset_id")
 
 
 def policy_problems(model: ModelConfig) -> Iterator[str]:

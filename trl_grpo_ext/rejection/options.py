@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from trl_grpo_ext.errors import ConfigurationError
@@ -206,6 +207,18 @@ class RejectionArguments:
             "loss is on the completion), or 'messages' (one conversation)."
         },
     )
+    push_to_hub: bool = field(
+        default=False,
+        metadata={"help": "Whether the dataset is uploaded to the Hub when it is whole."},
+    )
+    hub_dataset_id: str | None = field(
+        default=None,
+        metadata={"help": "OWNER/NAME of the dataset there; the name of `output_dir` by default."},
+    )
+    hub_private_repo: bool | None = field(
+        default=None,
+        metadata={"help": "Whether a repository that is created is private: unless this is false."},
+    )
     reply_prefix: str = field(
         default="",
         metadata={
@@ -219,6 +232,12 @@ class RejectionArguments:
         for name in MAPPINGS:
             if isinstance(value := getattr(self, name), str):
                 setattr(self, name, _parsed(value))
+
+    @property
+    def repository(self) -> dict[str, Any]:
+        """Name of the dataset on the Hub, and whether it is created private."""
+        name = self.hub_dataset_id or Path(self.output_dir).absolute().name
+        return {"repo_id": name, "private": self.hub_private_repo is not False}
 
     def sampling(self) -> dict[str, Any]:
         """Return what shapes the draw of a token, as arguments of ``group_sample``."""

@@ -12,6 +12,7 @@ from trl import SFTConfig
 
 from trl_grpo_ext.checkpointing import LAST_GOOD
 from trl_grpo_ext.data import TaskArguments, task_problems
+from trl_grpo_ext.hub.options import repo_problems
 from trl_grpo_ext.sft.solvers import SOLVERS, Solver
 
 PLACEHOLDERS = ("{solution}", "{answer}")
@@ -146,6 +147,9 @@ def _training_problems(
             "`opens_think` and `chat_template_path` are set, but the template of that path is "
             "taken as it is. Remove one of them."
         )
+    if config.push_to_hub:
+        name = config.hub_model_id or Path(str(config.output_dir)).absolute().name
+        yield from repo_problems(name, hub_token=config.hub_token)
     checkpoint = config.resume_from_checkpoint
     if checkpoint not in (None, LAST_GOOD) and not Path(str(checkpoint)).is_dir():
         yield (
