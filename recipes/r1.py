@@ -67,14 +67,14 @@ def run(recipe: Recipe) -> int:
     for path in set_aside_outdated(missing):
         print(f"Made from an earlier output, so moved to {path}.", flush=True)
     for number, stage in enumerate(stages, start=1):
+        if stage in missing:
+            stage.write_settings()  # before the others hear of the stage
         port = peers.agreed_port(stage.name, needed=stage in missing)
         if peers.is_first:
             what = "is complete" if port is None else f"runs, in {stage.folder}"
             print(f"Stage {number} of {len(stages)}, {stage.name}, {what}.", flush=True)
         if port is None:
             continue
-        if peers.is_first:
-            stage.write_settings()
         if code := run_stage(stage, RECIPES, port=port):
             return code
     if peers.is_first:

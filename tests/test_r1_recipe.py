@@ -213,7 +213,7 @@ def test_r1_that_is_stopped_goes_on(write: Any, tmp_path: Path, number: int) -> 
     assert running.returncode == (143 if number == signal.SIGTERM else -9)
     wait_for(lambda: not programs(out / "grpo"))
     assert not (out / "grpo" / "summary.json").exists()
-    # It goes on from a checkpoint, not from the beginning: step 1 is not logged again.
+    # It goes on from a checkpoint, not from the beginning: steps before it are not logged again.
     steps = max(int(path.name.split("-")[1]) for path in (out / "grpo").glob("checkpoint-*"))
     arguments = write(
         grpo={**STAGES["grpo"], "max_steps": 400, "save_strategy": "steps", "save_steps": 5}
@@ -234,7 +234,7 @@ def test_r1_that_is_stopped_goes_on(write: Any, tmp_path: Path, number: int) -> 
         running.stdout.read()
     assert "Stage 3 of 8, evaluation/sft, is complete.\n" in said
     first = int(said[-1].split("step")[1].split("/")[0])
-    assert first > steps >= 5
+    assert first >= steps >= 5
 
 
 def wait_for(condition: Any, *, seconds: float = 240) -> None:

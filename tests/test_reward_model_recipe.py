@@ -490,7 +490,7 @@ def test_grpo_yaml_is_one_that_the_recipe_takes(
 
 
 TASK_KEYS = ("dataset", "dataset_arguments", "keep_answers", "system_prompt", "prompt_template")
-TASK_KEYS += ("examples", "num_train_prompts", "num_eval_prompts", "task_seed", "temperature")
+TASK_KEYS += ("examples", "num_eval_prompts", "task_seed", "temperature")
 
 
 # The script itself ------------------------------------------------------------------------------
