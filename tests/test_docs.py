@@ -34,12 +34,19 @@ from trl_grpo_ext.data import TaskArguments
 from trl_grpo_ext.recipe import RunArguments
 from trl_grpo_ext.rejection.options import RejectionArguments
 from trl_grpo_ext.rewards.models.training_options import RewardModelArguments
+from trl_grpo_ext.sft.options import SFTArguments
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 PROGRAMS = ("make", "python", "pytest", "pip", "accelerate", "torchrun", "trl", "trl-grpo-ext")
-RECIPE_OPTIONS = (RunArguments, TaskArguments, RejectionArguments, RewardModelArguments)
+RECIPE_OPTIONS = (
+    RunArguments,
+    TaskArguments,
+    RejectionArguments,
+    RewardModelArguments,
+    SFTArguments,
+)
 OPTIONS: Any = (*RECIPE_OPTIONS, ModelConfig, ExtGRPOConfig, SFTConfig)
 # Their reward model must be trained first; tests/test_reward_model_recipe.py reads them. A dry run
 # of r1.py starts a program a stage; tests/pipeline/test_stages.py reads the settings of each.

@@ -154,6 +154,20 @@ def test_recipe_refuses_what_cannot_work(write: Any, changes: Any, message: str)
     assert message in problems(write(**changes))
 
 
+def test_recipe_refuses_an_output_dir_that_cannot_be_made(write: Any, tmp_path: Path) -> None:
+    (tmp_path / "a_file").write_text("")
+    path = tmp_path / "a_file" / "run"
+    message = f"`output_dir` is {path}, but {tmp_path / 'a_file'} is a file, so"
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        read_recipe([*write(), "--output_dir", str(path)])
+
+
+@pytest.mark.skipif(os.access("/", os.W_OK), reason="this user may write everywhere")
+def test_recipe_refuses_an_output_dir_that_may_not_be_written_to(write: Any) -> None:
+    with pytest.raises(ConfigurationError, match="but / may not be written to"):
+        read_recipe([*write(), "--output_dir", "/run_of_trl_grpo_ext"])
+
+
 def test_recipe_refuses_a_yaml_that_is_not_there_or_no_mapping(tmp_path: Path) -> None:
     assert "is not a file" in problems(["--config", str(tmp_path / "none.yaml")])
     (tmp_path / "list.yaml").write_text("- 1\n")

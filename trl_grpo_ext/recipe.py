@@ -160,6 +160,7 @@ def read_options(
     problems = _unknown_keys(keys, option_classes)
     parsed = _parsed(arguments, option_classes, problems)
     problems += check(*parsed)
+    problems += _folder_problems(*parsed)
     if problems:
         raise ConfigurationError(problems)
     set_cpu_threads(parsed[0].cpu_threads)
@@ -397,6 +398,18 @@ def run_problems(run: RunArguments, model: ModelConfig) -> Iterator[str]:
         )
     if run.cpu_threads is not None and run.cpu_threads < 1:
         yield f"`cpu_threads` is {run.cpu_threads}. Use at least 1, or leave it out."
+
+
+def _folder_problems(*parsed: Any) -> Iterator[str]:
+    for folder in (o.output_dir for o in parsed if getattr(o, "output_dir", None)):
+        above = (path for path in (Path(folder), *Path(folder).absolute().parents))
+        there = next(path for path in above if os.path.exists(path))
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            what = "may not be written to" if there.is_dir() else "is a file"
+            yield (
+                f"`output_dir` is {folder}, but {there} {what}, so nothing could be saved. Name "
+                "another folder."
+            )
 
 
 def _training_problems(model: ModelConfig, training: ExtGRPOConfig) -> Iterator[str]:

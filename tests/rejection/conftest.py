@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 STAND_IN = Path(__file__).parent / "stand_in"
+collect_ignore = ["stand_in"]  # or pytest imports it as `vllm`, and TRL takes it for the real one
 
 
 @pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def vllm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The stand-in, as if it was installed."""
-    monkeypatch.delitem(sys.modules, "vllm", raising=False)
     monkeypatch.syspath_prepend(STAND_IN)
-    import vllm
-
-    yield vllm
+    monkeypatch.setitem(sys.modules, "vllm", None)  # so that its end removes what is imported next
     del sys.modules["vllm"]
+    return importlib.import_module("vllm")
