@@ -122,10 +122,11 @@ def test_code_reward_scores_humaneval_rows_from_prompt_test_and_entry_point(
         assert scores == [1.0, 0.5, 1.0, 0.5]
 
 
-def test_code_reward_leaves_nothing_behind() -> None:
+def test_code_reward_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_unless_there("namespaces")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = set(psutil.Process().children(recursive=True))
-    folders, threads = set(os.listdir(tempfile.gettempdir())), set(threading.enumerate())
+    threads = set(threading.enumerate())
     descriptors = len(os.listdir("/proc/self/fd"))
     for level in LEVELS:
         if unavailable(level):
@@ -133,7 +134,7 @@ def test_code_reward_leaves_nothing_behind() -> None:
         with CodeReward(sandbox=level, require_isolation=False, time_limit_s=1.0) as reward:
             reward(completions=[RIGHT, "while True: pass", "1 / 0"], tests=[DOUBLE] * 3)
     assert set(psutil.Process().children(recursive=True)) == before
-    assert set(os.listdir(tempfile.gettempdir())) <= folders
+    assert list(tmp_path.iterdir()) == []
     assert set(threading.enumerate()) <= threads
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
