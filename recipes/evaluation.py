@@ -30,6 +30,7 @@ from trl_grpo_ext.evaluation.policy import (
     policy_evaluation_problems,
     replies_rows,
 )
+from trl_grpo_ext.files import write_summary
 from trl_grpo_ext.model_cache import prepare_model
 from trl_grpo_ext.peers import ending_together
 from trl_grpo_ext.recipe import (
@@ -39,11 +40,9 @@ from trl_grpo_ext.recipe import (
     run_problems,
     run_recipe,
 )
-from trl_grpo_ext.rejection.dataset import write_summary
-from trl_grpo_ext.rejection.option_checks import policy_problems
-from trl_grpo_ext.rejection.sampling import load_policy
 from trl_grpo_ext.report import library_versions
 from trl_grpo_ext.rewards import build_rewards
+from trl_grpo_ext.sampling.policy import load_policy, policy_problems
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,10 @@ def run(recipe: Recipe) -> int:
                 cache_dir=recipe.run.model_cache_dir,
             )
         policy, tokenizer = load_policy(
-            path, model=recipe.model, options=options, device=accelerator.device
+            path,
+            model=recipe.model,
+            trust_remote_code=options.trust_remote_code,
+            device=accelerator.device,
         )
         (judge, *_), _ = build_rewards(recipe.task.rewards)
         found = evaluate_policy(

@@ -9,8 +9,8 @@ Hardware, minutes, expected result: in the header of the YAML.
 
     accelerate launch recipes/rejection_sampling.py --config recipes/configs/NAME.yaml
 
-Every option of the YAML can be given on the command line too. ``--dry_run`` checks all of it and
-loads no model. Killed, it goes on where it was when the same command is given again.
+Every option can be given on the command line too. ``--dry_run`` checks all of it, without a model.
+Killed, it goes on where it was when the same command is given again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from rich.console import Console
 from trl import ModelConfig
 
 from trl_grpo_ext.data import TaskArguments, load_task, task_problems
+from trl_grpo_ext.files import write_summary
 from trl_grpo_ext.hub.push import push_dataset
 from trl_grpo_ext.model_cache import prepare_model
 from trl_grpo_ext.peers import ending_together
@@ -36,14 +37,9 @@ from trl_grpo_ext.recipe import (
     run_problems,
     run_recipe,
 )
-from trl_grpo_ext.rejection.collect import (
-    candidates_folder,
-    collect_candidates,
-    missing_prompts,
-    start_processes,
-)
-from trl_grpo_ext.rejection.dataset import refuse_nothing_kept, select_candidates, write_summary
-from trl_grpo_ext.rejection.option_checks import policy_problems, rejection_problems
+from trl_grpo_ext.rejection.collect import collect_candidates, missing_prompts, start_processes
+from trl_grpo_ext.rejection.dataset import refuse_nothing_kept, select_candidates
+from trl_grpo_ext.rejection.option_checks import rejection_problems
 from trl_grpo_ext.rejection.options import RejectionArguments
 from trl_grpo_ext.rejection.provenance import made_with, prompt_ids
 from trl_grpo_ext.rejection.samplers import choose_sampler, load_draw
@@ -52,6 +48,7 @@ from trl_grpo_ext.rejection.tally import print_tally
 from trl_grpo_ext.report import library_versions
 from trl_grpo_ext.rewards import build_rewards
 from trl_grpo_ext.rewards.registry import log_name
+from trl_grpo_ext.sampling.policy import policy_problems
 
 
 @dataclass(frozen=True)
@@ -107,8 +104,8 @@ def choose(recipe: Recipe, folder: Path, *, num_prompts: int) -> None:
     print_tally(tally, Console())
     refuse_nothing_kept(tally)
     about = {"model": model, "dataset": recipe.task.dataset, "seed": options.seed}
-    about |= {"minutes": minutes_since_start(), "versions": library_versions()}
-    summary = write_summary(options.output_dir, {**tally.summary(), **about})
+    measured = {"minutes": minutes_since_start(), "versions": library_versions()}
+    summary = write_summary(options.output_dir, tally.summary() | about | measured)
     print(f"The dataset is in {summary.parent / 'dataset'}; {summary} has the numbers.")
     if options.push_to_hub:
         print(push_dataset(summary.parent / "dataset", **options.repository))
@@ -135,7 +132,7 @@ def problems(
 def check(recipe: Recipe) -> str:
     """Return what ``--dry_run`` prints."""
     rows, options = load_task(recipe.task).train, recipe.options
-    missing = missing_prompts(candidates_folder(options.output_dir), prompt_ids(rows))
+    missing = missing_prompts(options.output_dir, prompt_ids(rows))
     sampler = choose_sampler(options, model=str(recipe.model.model_name_or_path))
     return (
         f"prompts: {rows.num_rows} x {options.num_generations} replies of at most "

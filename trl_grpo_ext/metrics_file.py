@@ -18,6 +18,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from trl_grpo_ext.files import write_atomically
+
 logger = logging.get_logger(__name__)
 
 FILE = "metrics.jsonl"
@@ -88,7 +90,7 @@ class MetricsFile:
         if early and self.path.is_file():
             text = self.path.read_text(encoding="utf-8", errors="replace")
             kept = [line for line in text.splitlines(keepends=True) if line not in early]
-            _write_atomically(self.path, "".join(kept))
+            write_atomically(self.path, "".join(kept))
 
     def _start(self, entries: list[dict[str, Any]]) -> None:
         self._take_back_early()
@@ -97,7 +99,7 @@ class MetricsFile:
         if found and not any(_identity(entry) in times for entry in entries):
             self._put_aside()
         rows = (_line(entry, times.get(_identity(entry))) for entry in entries)
-        _write_atomically(self.path, "".join(rows))
+        write_atomically(self.path, "".join(rows))
 
     def _put_aside(self) -> None:
         number = 1
@@ -190,9 +192,3 @@ def _append(path: Path, text: str) -> None:
         except OSError:
             file.truncate(size)
             raise
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)

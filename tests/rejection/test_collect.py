@@ -141,11 +141,10 @@ def test_summary_of_an_earlier_run_is_gone_while_candidates_are_sampled(tmp_path
 
 def test_candidates_of_other_prompts_are_refused_and_of_fewer_are_used(tmp_path: Path) -> None:
     collect(tmp_path)
-    folder = tmp_path / "candidates"
-    assert missing_prompts(folder, [*IDS, "new"]) == {7}
-    assert missing_prompts(folder, IDS[:3]) == set()
+    assert missing_prompts(tmp_path, [*IDS, "new"]) == {7}
+    assert missing_prompts(tmp_path, IDS[:3]) == set()
     with pytest.raises(ConfigurationError, match=r"answer other prompts .*\(1 of 7\)"):
-        missing_prompts(folder, [*IDS[:6], "changed"])
+        missing_prompts(tmp_path, [*IDS[:6], "changed"])
 
 
 def test_batches_are_cut_the_same_whatever_is_missing() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.rejection.candidates import Group
 from trl_grpo_ext.rejection.dataset import (
     refuse_nothing_kept,
-    remove_summary,
     select_candidates,
-    write_summary,
 )
 from trl_grpo_ext.rejection.options import RejectionArguments
 from trl_grpo_ext.rejection.shards import ShardWriter
@@ -120,15 +117,6 @@ def test_nothing_kept_leaves_no_dataset_and_is_refused_with_the_main_reason(tmp_
     assert not list((out / "dataset").iterdir())
     with pytest.raises(ConfigurationError, match=r"none of 6 replies is kept \(6 fell for 'wrong'"):
         refuse_nothing_kept(tally)
-
-
-def test_summary_is_written_whole_and_removed(tmp_path: Path) -> None:
-    path = write_summary(tmp_path, {"kept": 3})
-    assert json.loads(path.read_text()) == {"kept": 3}
-    assert list(tmp_path.iterdir()) == [path]
-    remove_summary(tmp_path)
-    remove_summary(tmp_path)
-    assert not path.exists()
 
 
 @pytest.mark.parametrize("dataset_format", ["prompt_completion", "messages"])

@@ -10,9 +10,10 @@ from rejection.made import candidate
 from trl import ModelConfig
 
 from trl_grpo_ext.rejection.filters import first_failure
-from trl_grpo_ext.rejection.option_checks import policy_problems, rejection_problems
+from trl_grpo_ext.rejection.option_checks import rejection_problems
 from trl_grpo_ext.rejection.options import RejectionArguments
 from trl_grpo_ext.rejection.selection import Selection
+from trl_grpo_ext.sampling.policy import policy_problems
 
 
 def options(**changes: Any) -> RejectionArguments:

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import ModelConfig
 
 from trl_grpo_ext.errors import RewardOutageError
 from trl_grpo_ext.rejection.options import RejectionArguments
@@ -18,7 +16,6 @@ from trl_grpo_ext.rejection.sampling import (
     Sampler,
     group_draw,
     leaked_tokens,
-    load_policy,
     make_sampler,
 )
 from trl_grpo_ext.sampling import GroupSamples, group_sample
@@ -140,17 +137,3 @@ def test_rows_that_a_reward_does_not_apply_to_are_left_to_the_others(
     rewards: list[Any] = [rank, service]
     (found,) = sampler_of(tiny_model, tiny_tokenizer, rewards)([0])
     assert [one.scored for one in found.candidates] == [True, True, True]
-
-
-def test_policy_is_loaded_for_sampling(tiny_model_dir: Any, tiny_model: PreTrainedModel) -> None:
-    policy, tokenizer = load_policy(
-        str(tiny_model_dir),
-        model=ModelConfig(dtype="bfloat16"),
-        options=options(),
-        device=torch.device("cpu"),
-    )
-    assert not policy.training
-    assert policy.dtype == torch.bfloat16
-    weight = tiny_model.get_input_embeddings().weight.to(torch.bfloat16)
-    assert torch.equal(policy.get_input_embeddings().weight, weight)
-    assert tokenizer.chat_template

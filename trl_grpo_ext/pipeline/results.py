@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl_grpo_ext.pipeline.stages import MODELS, SUMMARY_FILE, Stage
+from trl_grpo_ext.files import SUMMARY_FILE, write_summary
+from trl_grpo_ext.pipeline.stages import MODELS, Stage
 from trl_grpo_ext.report.markdown import section, table
 from trl_grpo_ext.report.plots import BLUE, GREY, PLOT_STYLE
 from trl_grpo_ext.report.versions import library_versions
-from trl_grpo_ext.report.write import write_atomically
 
 GREEDY = "greedy/accuracy"
 PLOT_FILE = Path("plots") / "accuracy_by_stage.png"
@@ -80,8 +80,7 @@ def write_results(folder: Path, summary: Mapping[str, Any], stages: Sequence[Sta
     draw_accuracy(folder / PLOT_FILE, summary["metrics"])
     report = folder / "report.md"
     report.write_text(_page(summary, stages), encoding="utf-8")
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    write_atomically(folder / SUMMARY_FILE, text)
+    write_summary(folder, summary)
     return report
 
 

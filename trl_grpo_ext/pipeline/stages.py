@@ -17,10 +17,11 @@ from typing import Any
 import yaml
 
 from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.files import SUMMARY_FILE
 from trl_grpo_ext.pipeline.options import R1Arguments
 
 MODELS = ("base", "sft", "grpo", "rejection_sft")  # what is evaluated, in this order
-SETTINGS_FILE, SUMMARY_FILE = "stage.yaml", "summary.json"
+SETTINGS_FILE = "stage.yaml"
 
 
 @dataclass(frozen=True)

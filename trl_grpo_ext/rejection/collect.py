@@ -13,7 +13,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from trl_grpo_ext.errors import ConfigurationError
-from trl_grpo_ext.rejection.dataset import remove_summary
+from trl_grpo_ext.files import SUMMARY_FILE
 from trl_grpo_ext.rejection.options import RejectionArguments
 from trl_grpo_ext.rejection.provenance import prompt_ids
 from trl_grpo_ext.rejection.sampling import Sampler
@@ -41,17 +41,18 @@ def candidates_folder(output_dir: str | Path) -> Path:
     return Path(output_dir) / "candidates"
 
 
-def missing_prompts(folder: Path, ids: Sequence[str]) -> set[int]:
+def missing_prompts(output_dir: str | Path, ids: Sequence[str]) -> set[int]:
     """Return the numbers of the prompts that are not on disk.
 
     Args:
-        folder: With the shards; may be missing.
+        output_dir: Of the run; may be missing.
         ids: Of the prompts, by their number.
 
     Raises:
         ConfigurationError: What is on disk answers other prompts.
         CheckpointError: A file is damaged.
     """
+    folder = candidates_folder(output_dir)
     found = {index: mark for index, (_, _, mark) in located_prompts(folder).items()}
     strange = [index for index, mark in found.items() if index < len(ids) and ids[index] != mark]
     if strange:
@@ -109,12 +110,12 @@ def collect_candidates(
     """
     folder = candidates_folder(options.output_dir)
     check_made_with(folder, made_with)
-    missing = missing_prompts(folder, prompt_ids(rows))
+    missing = missing_prompts(options.output_dir, prompt_ids(rows))
     batches = batches_to_do(
         missing, num_prompts=rows.num_rows, prompts_per_batch=options.prompts_per_batch
     )
     if state.is_main_process:
-        remove_summary(options.output_dir)
+        (Path(options.output_dir) / SUMMARY_FILE).unlink(missing_ok=True)
         write_made_with(folder, made_with)
     state.wait_for_everyone()  # all have read what is there before one samples
     if batches:

@@ -20,7 +20,6 @@ from trl_grpo_ext.rejection.tally import Tally
 from trl_grpo_ext.rewards.completion import completion_text
 
 DATASET_FILE = Path("dataset") / "train.parquet"
-SUMMARY_FILE = "summary.json"
 
 
 def select_candidates(
@@ -96,20 +95,6 @@ def features(rewards: Sequence[str], dataset_format: str) -> Features:
             "seed": Value("int64"),
         }
     )
-
-
-def write_summary(output_dir: str | Path, summary: Mapping[str, Any]) -> Path:
-    """Write ``summary.json``, the last file of a run: when it is there, the run is complete."""
-    path = Path(output_dir) / SUMMARY_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return path
-
-
-def remove_summary(output_dir: str | Path) -> None:
-    """Remove the summary of an earlier run, which this one is about to change."""
-    (Path(output_dir) / SUMMARY_FILE).unlink(missing_ok=True)
 
 
 def refuse_nothing_kept(tally: Tally) -> None:

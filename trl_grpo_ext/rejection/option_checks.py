@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterator
 from typing import get_args
 
-from trl import ModelConfig
-
 from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.hub.options import repo_problems
 from trl_grpo_ext.rejection.balance import Balance
@@ -78,16 +76,6 @@ def rejection_problems(options: RejectionArguments, *, model: str = "") -> Itera
     yield from _rule_problems(options)
     if options.push_to_hub:
         yield from repo_problems(options.repository["repo_id"], option="hub_dataset_id")
-
-
-def policy_problems(model: ModelConfig) -> Iterator[str]:
-    """Yield what the choice of a model asks for and this recipe does not do."""
-    for name in ("use_peft", "load_in_4bit", "load_in_8bit"):
-        if getattr(model, name):
-            yield (
-                f"`{name}` is set, but nothing is trained here, and the model samples as it was "
-                "saved. Remove it; `model_name_or_path` may be the folder of an adapter."
-            )
 
 
 def _window_problems(options: RejectionArguments) -> Iterator[str]:

@@ -16,7 +16,7 @@ from trl import ModelConfig
 from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.rejection.collect import candidates_folder
 from trl_grpo_ext.rejection.options import RejectionArguments, mapping
-from trl_grpo_ext.rejection.sampling import Draw, group_draw, load_policy
+from trl_grpo_ext.rejection.sampling import Draw, group_draw
 from trl_grpo_ext.rejection.shards import read_made_with
 from trl_grpo_ext.rejection.vllm_sampling import (
     load_engine,
@@ -24,6 +24,7 @@ from trl_grpo_ext.rejection.vllm_sampling import (
     unknown_names,
     vllm_draw,
 )
+from trl_grpo_ext.sampling.policy import load_policy
 
 _OR_OURS = "or set `sampler: group_sample`"
 
@@ -129,7 +130,10 @@ def load_draw(
     """
     state.print(f"Sampling with {sampler}.")
     if sampler.name != "vllm":
-        policy, tokenizer = load_policy(name, model=model, options=options, device=state.device)
+        trusted = options.trust_remote_code
+        policy, tokenizer = load_policy(
+            name, model=model, trust_remote_code=trusted, device=state.device
+        )
         return group_draw(policy, tokenizer, options=options), tokenizer
     if problems := list(refusals(options, model=name)):
         raise ConfigurationError(problems)

@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from trl import ModelConfig
 
-from trl_grpo_ext.cpu_linear import use_onednn
 from trl_grpo_ext.errors import RewardOutageError
 from trl_grpo_ext.rejection.candidates import Candidate, Group
 from trl_grpo_ext.rejection.options import RejectionArguments, mapping
@@ -33,29 +28,6 @@ Sampler = Callable[[Sequence[int]], list[Group]]
 """Samples and scores the rows with these numbers."""
 
 _MAX_LEAKED = 8  # names of special tokens that are noted of a candidate
-
-
-def load_policy(
-    name: str, *, model: ModelConfig, options: RejectionArguments, device: torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the model that samples, in evaluation mode on its device, and its tokenizer.
-
-    Args:
-        name: A folder (of a model, or of an adapter) or a name on the Hub.
-        model: Revision, dtype and attention.
-        options: Of the run.
-        device: Where to.
-    """
-    shared: dict[str, Any] = {
-        "revision": model.model_revision,
-        "trust_remote_code": options.trust_remote_code,
-    }
-    policy: Any = AutoModelForCausalLM.from_pretrained(
-        name, dtype=model.dtype, attn_implementation=model.attn_implementation, **shared
-    )
-    policy = policy.to(device).eval()
-    use_onednn(policy)
-    return policy, AutoTokenizer.from_pretrained(name, **shared)
 
 
 def group_draw(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from trl_grpo_ext.files import write_atomically, write_summary
 from trl_grpo_ext.report.history import History
 from trl_grpo_ext.report.page import Example, render_page
 from trl_grpo_ext.report.plots import write_plots
@@ -63,7 +62,7 @@ def write_report(
     history = History.of(log_history)
     clean_summary = _ordered({"versions": library_versions(), **clean_mapping(summary)})
     clean_settings = clean_mapping(settings)
-    write_atomically(folder / "summary.json", json.dumps(clean_summary, indent=2) + "\n")
+    write_summary(folder, clean_summary)
     drawn = write_plots(folder / "plots", history)
     page = render_page(
         folder,
@@ -105,10 +104,3 @@ def _ordered(summary: Mapping[str, object]) -> dict[str, object]:
         return first, isinstance(summary[key], Mapping | list), key
 
     return {key: summary[key] for key in sorted(summary, key=rank)}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that a reader sees whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

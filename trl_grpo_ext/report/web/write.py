@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.files import write_atomically
 from trl_grpo_ext.report.web.page import render
 from trl_grpo_ext.report.web.run_folder import read_runs
-from trl_grpo_ext.report.write import write_atomically
 
 MAX_COMPLETIONS = 2000  # some megabytes, where they are long
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from trl_grpo_ext.files import write_summary
 from trl_grpo_ext.report.markdown import fenced, section, table
 from trl_grpo_ext.report.versions import library_versions
 from trl_grpo_ext.rewards.models.outcome import OutcomeModelReward
@@ -177,7 +178,7 @@ def write_training_report(
     losses = [entry["loss"] for entry in log_history if "loss" in entry]
     ends = {"loss_first": losses[0], "loss_last": losses[-1]} if losses else {}
     summary = {**about, **_finite(numbers), **ends, "versions": library_versions()}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_summary(folder, summary)
     header, rows = measures["examples"]
     shown = [(key, value) for key, value in summary.items() if key != "versions"]
     parts = [
