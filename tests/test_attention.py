@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -30,6 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trl_grpo_ext.attention import (
     causal_attention,
+    lower_right_mask,
     route_attention,
     shared_prefix_inputs,
     shared_prefix_problem,
@@ -350,5 +352,47 @@ def test_causal_attention_equals_attention_by_hand(
     query = torch.randn(2, num_queries, 4, 8, generator=generator)
     key, value = torch.randn(2, 2, num_keys, num_kv_heads, 8, generator=generator)
     expected = attention_by_hand(query, key, value, scaling or 1 / math.sqrt(8))
-    found = causal_attention(query, key, value, scaling=scaling)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for make_mask in (lower_right_mask, causal_lower_right):  # of a CPU, and of CUDA
+        found = causal_attention(query, key, value, scaling=scaling, make_mask=make_mask)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make_mask", [lower_right_mask, causal_lower_right])
+def test_causal_attention_takes_the_dtypes_that_autocast_leaves(
+    make_mask: Callable[[int, int], Tensor],
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    query = torch.randn(2, 3, 4, 8, generator=generator, requires_grad=True)
+    key, value = torch.randn(2, 2, 5, 2, 8, generator=generator)
+    key, value = (
+        key.bfloat16().float(),
+        value.bfloat16(),
+    )  # keys come rotated, in float32
+    rounded = query.detach().bfloat16().float()
+    expected = attention_by_hand(rounded, key, value.float(), 1 / math.sqrt(8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = causal_attention(query, key, value, scaling=None, make_mask=make_mask)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+    found.sum().backward()
+    assert query.grad is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_kv_heads", [2, 4])
+def test_causal_attention_of_cuda_equals_that_of_the_cpu(
+    dtype: torch.dtype, num_kv_heads: int
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(2, 70, 4, 64), *2 * [(2, 200, num_kv_heads, 64)]]
+    inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = [x.to(device).requires_grad_() for x in inputs]
+        output = causal_attention(*leaves, scaling=None)
+        output.float().square().sum().backward()
+        results.append([output, *(leaf.grad for leaf in leaves)])
+    for on_cpu, on_cuda in zip(*results, strict=True):
+        atol = 1e-4 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(on_cuda.cpu(), on_cpu, rtol=atol, atol=atol)

@@ -233,6 +233,28 @@ def test_two_processes_give_what_one_gives(
     assert one["loads"] + two["loads"] == [0, 0, int(quantized)]  # one process calibrates
 
 
+def test_two_processes_give_what_two_micro_batches_give(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    options = {"group_sampler": "shared_prefill", "shared_prefix": "always"}
+    one, two = (
+        launch(
+            TRAIN,
+            tmp_path,
+            tiny_model_dir,
+            tmp_path / f"out{processes}",
+            4,
+            json.dumps({**options, "gradient_accumulation_steps": 2 // processes}),
+            processes=processes,
+        )
+        for processes in (1, 2)
+    )
+    assert one["completions"] == two["completions"]
+    assert one["advantages"] == pytest.approx(two["advantages"], abs=1e-6)
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(weight, two["weights"][name], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "loads"),
     [

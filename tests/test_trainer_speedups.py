@@ -281,6 +281,23 @@ def test_the_first_batch_finds_a_model_whose_attention_is_another(
     assert "log-probabilities differ" in told[0]
 
 
+def test_the_first_batch_finds_a_device_that_cannot_compute_it(
+    tiny_model_dir: Path, tmp_path: Path, warnings_logged: pytest.LogCaptureFixture
+) -> None:
+    # A layer that takes whole batches only, as a kernel of an unknown device might.
+    def no_row_alone(_: Any, inputs: Any) -> None:
+        if len(inputs[0]) == 1:
+            raise RuntimeError("no kernel for 1 row")
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    model.model.layers[0].mlp.register_forward_pre_hook(no_row_alone)
+    changes = {**OPTIONS, "group_sampler": "transformers", "beta": 0.0}
+    config = ExtGRPOConfig(**settings(tmp_path, **changes))
+    ExtGRPOTrainer(model, vowels, config, PROMPTS).train()
+    (told,) = [r.message for r in warnings_logged.records if "padded path" in r.message]
+    assert "its first batch failed so (RuntimeError: no kernel for 1 row)" in told
+
+
 def test_the_check_waits_for_a_batch_with_tokens(tiny_model_dir: Path, tmp_path: Path) -> None:
     # No completion ends, so each is masked out, and there is nothing to compare.
     changes = {"mask_truncated_completions": True, "max_steps": 1, "beta": 0.0}
@@ -429,10 +446,11 @@ def test_old_logprobs_are_not_the_samplers_if_a_rollout_changed_the_completions(
 def test_completions_do_not_depend_on_how_the_batch_is_cut(
     tiny_model_dir: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    whole = ours(tiny_model_dir, tmp_path, max_steps=1)
-    cut = ours(tiny_model_dir, tmp_path, max_steps=1, **changes)
+    whole = ours(tiny_model_dir, tmp_path, max_steps=3, learning_rate=0.0)
+    cut = ours(tiny_model_dir, tmp_path, max_steps=3, learning_rate=0.0, **changes)
     whole.train()
     cut.train()
+    assert list(whole._logs["prompt"]) == list(cut._logs["prompt"])
     assert list(whole._logs["completion"]) == list(cut._logs["completion"])
     assert len(set(whole._logs["completion"])) > 6
 

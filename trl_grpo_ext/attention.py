@@ -164,7 +164,14 @@ def shared_prefix_inputs(
     }
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None) -> Tensor:
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float | None,
+    make_mask: Callable[[int, int], Tensor] | None = None,
+) -> Tensor:
     """Return causal attention; the queries are the last of the keys' tokens.
 
     Args:
@@ -172,19 +179,20 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: floa
         key: Shape ``(batch, S, K, D)``, with ``S >= N``.
         value: As ``key``.
         scaling: ``1/sqrt(D)`` if ``None``.
+        make_mask: Which of ``S`` keys each of ``N`` queries sees, from ``N`` and ``S``; by default
+            what is fastest on the device. A mask in memory must be on it.
 
     Returns:
-        Shape ``(batch, N, H, D)``.
+        Shape ``(batch, N, H, D)``; under autocast in its dtype.
     """
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    query, key, value = (_autocast(x).transpose(1, 2) for x in (query, key, value))
     num_queries, num_keys = query.shape[2], key.shape[2]
-    mask: Any = None
+    mask = None
     if num_queries != num_keys:
-        mask = causal_lower_right(num_queries, num_keys)
-        if query.device.type != "cuda":  # no kernel there that knows this order by itself
-            mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(
-                num_keys - num_queries
-            )
+        if make_mask is None:  # kernels of CUDA alone know this order without a mask in memory
+            in_memory = functools.partial(lower_right_mask, device=query.device)
+            make_mask = causal_lower_right if query.device.type == "cuda" else in_memory
+        mask = make_mask(num_queries, num_keys)
     attended: Tensor = scaled_dot_product_attention(
         query,
         key,
@@ -195,3 +203,20 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: floa
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return attended.transpose(1, 2)
+
+
+def lower_right_mask(num_queries: int, num_keys: int, device: torch.device | None = None) -> Tensor:
+    """Return what ``causal_lower_right`` stands for, as booleans of shape ``(N, S)``.
+
+    Examples:
+        >>> lower_right_mask(2, 3).int().tolist()
+        [[1, 1, 0], [1, 1, 1]]
+    """
+    every = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    return every.tril(num_keys - num_queries)
+
+
+def _autocast(values: Tensor) -> Tensor:
+    """As autocast has them for attention, which torch's bias looks at before autocast does."""
+    kind = values.device.type
+    return values.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else values

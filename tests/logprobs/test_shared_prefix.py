@@ -242,8 +242,8 @@ class Pass(NamedTuple):
 def train_on(model: nn.Module, way: Callable[..., Logprobs], data: Batch, **options: Any) -> Pass:
     """One pass with a GRPO loss: clipped ratios, group advantages, a penalty on the KL."""
     generator = torch.Generator().manual_seed(4)
-    noise = torch.randn(2, *data.mask_BT.shape, generator=generator)
-    advantages_B1 = torch.randn(len(data.ids_BW), 1, generator=generator)
+    noise = torch.randn(2, *data.mask_BT.shape, generator=generator).to(data.ids_BW.device)
+    advantages_B1 = torch.randn(len(data.ids_BW), 1, generator=generator).to(noise.device)
     model.zero_grad()
     logprobs_BT, entropies_BT = way(model, data, **options)
     old_BT, reference_BT = noise * 0.3 - 3.5  # about the logarithm of 1 / 32 words
@@ -408,6 +408,22 @@ def test_shared_prefix_is_near_float32_under_autocast() -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         found_BT = by_packing(model, batch(ROWS))[0]
     assert 0 < (found_BT - exact_BT).abs().mean() < 0.03
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3, window as long as a row"])
+def test_shared_prefix_on_cuda_equals_padding_in_loss_and_gradients(name: str, kind: str) -> None:
+    model = build_exact(name).to("cuda", torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    data = batch(ROWS)
+    data = Batch(data.ids_BW.cuda(), data.mask_BW.cuda(), data.num_labels)
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=kind == "autocast"):
+        expected, found = (train_on(model, way, data) for way in (by_padding, by_packing))
+    relative = 1e-4 if kind == "float32" else 0.05
+    assert_close(found.logprobs_BT, expected.logprobs_BT, relative=relative)
+    assert_close(found.loss, expected.loss, relative=relative)
+    both = [torch.cat([g.flatten() for g in p.gradients.values()]) for p in (found, expected)]
+    assert_close(*both, relative=5 * relative)
 
 
 def test_shared_prefix_gives_zero_and_no_gradient_when_every_completion_is_empty() -> None:

@@ -197,10 +197,16 @@ class LogprobSeams(SamplingSeams):
             grpo_trainer.disable_gradient_checkpointing(self.model, self._checkpointing_kwargs),
         ):
             expected = padded(input_ids=input_ids, attention_mask=attention_mask)[0]
+            failed = ""
             try:
                 found = shared(input_ids, attention_mask)[0]
             except SharedPrefixError as error:  # of the model's code, so on every process
                 return self.shared_prefix.refuse(model, str(error))
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError) as error:  # of a kernel of this device
+                failed = f"its first batch failed so ({type(error).__name__}: {error})"
+                found = torch.full_like(expected, torch.inf)
         mask_BT = attention_mask[:, -found.shape[1] :]
         half = self.accelerator.mixed_precision != "no" or model.dtype != torch.float32
         difference, tolerance = difference_in_nats(found, expected, mask_BT, half_precision=half)
@@ -208,6 +214,8 @@ class LogprobSeams(SamplingSeams):
         worst, most_tokens = self.accelerator.gather(seen).view(-1, 2).amax(dim=0).tolist()
         if not most_tokens:  # all truncated, and masked: the next batch is compared
             return True
+        if failed:
+            return self.shared_prefix.refuse(model, failed)
         return self.shared_prefix.judge(model, worst, tolerance=tolerance)
 
 

@@ -173,8 +173,9 @@ class SamplingSeams(RunSeams):
         first = accelerator.process_index * num_local
         if self._mode == "train":
             group_size = cast(int, self.num_generations)
-            accumulation = self.args.gradient_accumulation_steps
-            step = 1 + self.state.global_step * accumulation + self._step % accumulation
+            step = 1 + self._num_micro_steps // (
+                cast(int, self.args.steps_per_generation) * self.num_iterations
+            )
         else:
             group_size, step = cast(int, self.num_generations_eval), 0
             first += self._num_evaluated
@@ -182,6 +183,12 @@ class SamplingSeams(RunSeams):
         drawn, self._turn = self._num_drawn + self._turn * _TURN, self._turn + 1
         rows = range(first, first + num_local)
         return [CompletionKey(drawn + row // group_size, row % group_size) for row in rows], step
+
+    @property
+    def _num_micro_steps(self) -> int:
+        """Micro-batches since training began, also in earlier runs that this one resumes."""
+        accumulation = self.args.gradient_accumulation_steps
+        return self.state.global_step * accumulation + self._step % accumulation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run TRL's loop; each evaluation gives its completions the same keys."""
