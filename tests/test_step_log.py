@@ -124,7 +124,9 @@ def test_run_prints_a_plain_line_a_log_where_there_is_no_terminal(
     trainer = make_trainer(per_device_eval_batch_size=8, **given)
     trainer.train()
     captured = capsys.readouterr()
-    lines = captured.out.splitlines()
+    sampler, reference, *lines = captured.out.splitlines()
+    assert sampler == "sampler: shared_prefill (each prompt is computed once a group)"
+    assert reference == f"reference: resident ({trainer.reference_reason})"
     assert [line.split("  ")[0] for line in lines] == [
         "step 1/3",
         "step 2/3",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,36 +43,47 @@ from trl_grpo_ext.pace import Pace
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed}"
 
 
-def add_log_callbacks(trainer: Trainer, *, options: LogOptions) -> None:
+def add_log_callbacks(
+    trainer: Trainer, *, options: LogOptions, opening: Sequence[str] = ()
+) -> None:
     """Give a trainer the log that the options ask for.
 
     With ``step_log='line'``, transformers' callback that prints every metric makes way for one
     line a log and, unless ``disable_tqdm``, a bar on a terminal. The table that transformers shows
     in a notebook stays. What ``report_to`` names goes on getting all metrics.
+
+    Args:
+        trainer: Whose callbacks these are.
+        options: Which there are.
+        opening: Lines that are printed before the first step.
     """
     if options.step_log == "line":
-        _replace_printing(trainer)
+        _replace_printing(trainer, opening)
     if options.log_jsonl and trainer.args.output_dir is not None:
         trainer.add_callback(MetricsFileCallback(trainer.args.output_dir))
     trainer.add_callback(HealthCallback())
 
 
-def _replace_printing(trainer: Trainer) -> None:
+def _replace_printing(trainer: Trainer, opening: Sequence[str]) -> None:
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback) is ProgressCallback:
             trainer.remove_callback(callback)
             trainer.add_callback(BarCallback())
-            trainer.add_callback(StepLogCallback())
+            trainer.add_callback(StepLogCallback(opening))
         elif type(callback) is PrinterCallback:
             trainer.remove_callback(callback)
-            trainer.add_callback(StepLogCallback())
+            trainer.add_callback(StepLogCallback(opening))
 
 
 class StepLogCallback(TrainerCallback):
-    """Prints a line a log to standard output, above the bars, on the main process."""
+    """Prints a line a log to standard output, above the bars, on the main process.
 
-    def __init__(self) -> None:
-        self.pace = Pace()
+    Args:
+        opening: Lines that are printed when training begins.
+    """
+
+    def __init__(self, opening: Sequence[str] = ()) -> None:
+        self.opening, self.pace = opening, Pace()
         self._first_step, self._first_tokens = 0, 0.0
         self._is_training = False
 
@@ -83,7 +94,11 @@ class StepLogCallback(TrainerCallback):
         self.pace = Pace()
         self._first_step, self._first_tokens = state.global_step, state.num_input_tokens_seen
         self._is_training = True
-        if state.is_world_process_zero and state.global_step:
+        if not state.is_world_process_zero:
+            return
+        for text in self.opening:
+            print_lines([Field(text, 0)])
+        if state.global_step:
             print_line([Field(f"going on after step {state.global_step}/{state.max_steps}", 0)])
 
     def on_train_end(

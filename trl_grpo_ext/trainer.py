@@ -87,8 +87,6 @@ class ExtGRPOTrainer(ResumeSeams):
         _check_before_loading(self.__signature__.bind(*args, **kwargs).arguments)
         self._told_recompute = False
         super().__init__(*args, **kwargs)
-        if self.extended:
-            add_log_callbacks(self, options=self.options)
         on_cpu = self.accelerator.device.type == "cpu"
         if on_cpu and self.extended and self.runs_onednn:
             use_onednn(self.model)
@@ -98,6 +96,15 @@ class ExtGRPOTrainer(ResumeSeams):
             self.options.shared_prefix, verify=self.options.verify_shared_prefix
         )
         self.group_sampler, self.group_sampler_reason = self._choose_group_sampler()
+        if self.extended:
+            add_log_callbacks(self, options=self.options, opening=self._choices())
+
+    def _choices(self) -> list[str]:
+        """What was chosen for this run, and why, for the first lines of its log."""
+        lines = [f"sampler: {self.group_sampler} ({self.group_sampler_reason})"]
+        if self.args.beta:
+            lines.append(f"reference: {self.reference_kind} ({self.reference_reason})")
+        return lines
 
     def _choose_group_sampler(self) -> tuple[Engine, str]:
         if not self.extended:

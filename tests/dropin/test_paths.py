@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from dropin.cases import LIKELIEST
 from dropin.compare import (
     CHATS,
@@ -24,7 +25,13 @@ from dropin.compare import (
 )
 from peft import LoraConfig
 from tiny import build_tiny_model, build_tiny_tokenizer
-from transformers import BitsAndBytesConfig
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from trl_grpo_ext import ExtGRPOConfig
 from trl_grpo_ext.errors import ConfigurationError
@@ -379,3 +386,50 @@ def test_what_needs_another_package_says_so_as_in_trl(
 ) -> None:
     with pytest.raises((ImportError, RuntimeError), match=message):
         ours(tiny_model_dir, tmp_path, **changes).train()
+
+
+@pytest.mark.parametrize("engine", ["auto", "transformers"])
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("", "has no token, so there is nothing to go on from"), ("1" * 600, "has 600 tokens, but")],
+    ids=["empty", "too-long"],
+)
+def test_a_prompt_that_cannot_be_answered_is_named_whatever_samples(
+    tiny_model_dir: Path, tmp_path: Path, engine: str, prompt: str, message: str
+) -> None:
+    rows = Dataset.from_dict({"prompt": ["1 + 1 =", prompt]})
+    changes = {"group_sampler": engine, "train_dataset": rows, "per_device_train_batch_size": 8}
+    with pytest.raises(ValueError, match=message):
+        ours(tiny_model_dir, tmp_path, **changes).train()
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.pad_token = None
+    histories = []
+    for given in (tokenizer, None):
+        trainer = ours(tiny_model_dir, tmp_path, processing_class=given, max_steps=1)
+        trainer.train()
+        histories.append(trainer.state.log_history[0])
+    assert tokenizer.pad_token == tokenizer.eos_token
+    for name in ("loss", "reward", "kl", "completions/mean_length"):
+        assert histories[0][name] == pytest.approx(histories[1][name], abs=1e-6), name
+
+
+def test_a_model_without_a_cache_is_sampled_by_generate(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = OpenAIGPTConfig(
+        vocab_size=len(tiny_tokenizer), n_positions=128, n_embd=8, n_layer=1, n_head=2
+    )
+    changes = {"processing_class": tiny_tokenizer, "max_steps": 1, "disable_dropout": True}
+    model = tmp_path / "model"
+    OpenAIGPTLMHeadModel(config).save_pretrained(model)
+    with pytest.raises(ConfigurationError, match="the model keeps no keys and values"):
+        ours(model, tmp_path, **changes, group_sampler="shared_prefill")
+    trainer = ours(model, tmp_path, **changes)
+    trainer.train()
+    assert trainer.group_sampler == "transformers"
+    assert trainer.state.global_step == 1

@@ -12,7 +12,9 @@ from trl.trainer import grpo_trainer
 
 from trl_grpo_ext._trl.run import RunSeams
 from trl_grpo_ext.sampling import Completion, CompletionKey, SamplingNeeds, SamplingSettings
+from trl_grpo_ext.sampling.decoding import check_prompts
 from trl_grpo_ext.sampling.gathered import gathered_weights
+from trl_grpo_ext.sampling.prompt_states import takes_cache
 
 _TURN = 1 << 32  # prompts, more than a turn has
 
@@ -100,6 +102,8 @@ class SamplingSeams(RunSeams):
             return "the weights are on several devices"
         if self.learns_prompts:
             return "the adapter adds virtual tokens"
+        if not takes_cache(self._causal_lm(self.model)):
+            return "the model keeps no keys and values"
         if self.args.transformers_continuous_batching_config:
             return "`transformers_continuous_batching_config` is for TRL's own path"
         try:
@@ -145,12 +149,23 @@ class SamplingSeams(RunSeams):
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         if not (self.extended and self.samples_itself):
+            if self.extended and self._prompts_are_those_of_the_data:
+                check_prompts(
+                    self._causal_lm(self.model),
+                    prompt_ids,
+                    max_new_tokens=cast(int, self.max_completion_length),
+                )
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         keys, step = self._completion_keys(len(prompt_ids))
         with self._generation_model() as model:
             self._sampled = self.sample_completions(model, prompt_ids, keys, step)
         self._sampled_prompts = prompt_ids
         return [completion.ids for completion in self._sampled], None
+
+    @property
+    def _prompts_are_those_of_the_data(self) -> bool:
+        """Whether TRL's ``generate`` gets them as they are: no turns of tools, no vLLM."""
+        return not (self.use_vllm or self.tools or self.environment_factories is not None)
 
     @contextmanager
     def _generation_model(self) -> Iterator[PreTrainedModel]:

@@ -422,7 +422,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 def _check(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: SamplingSettings
 ) -> None:
-    check_prompts(model, prompts, settings)
+    check_prompts(model, prompts, max_new_tokens=settings.max_new_tokens)
     if names := unsupported_by_continuous_batching(settings):
         raise ValueError(
             f"continuous batching does not honour {', '.join(f'`{name}`' for name in names)}, so "

@@ -280,7 +280,7 @@ def _check(
     keys: Sequence[CompletionKey],
     settings: SamplingSettings,
 ) -> None:
-    check_prompts(model, prompts, settings)
+    check_prompts(model, prompts, max_new_tokens=settings.max_new_tokens)
     if len(keys) != len(prompts):
         raise ValueError(f"there are {len(keys)} `keys` for {len(prompts)} prompts; give one each.")
     if len(set(keys)) < len(keys):
@@ -291,7 +291,7 @@ def _check(
 
 
 def check_prompts(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: SamplingSettings
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
 ) -> None:
     """Raise a ``ValueError`` that names the first prompt that the model cannot go on from."""
     config = text_config(model)
@@ -303,9 +303,9 @@ def check_prompts(
                 f"`prompts[{index}]` has no token, so there is nothing to go on from; "
                 "leave it out, or start it with the tokenizer's `bos_token`."
             )
-        needed = len(prompt) + (settings.max_new_tokens if learned else 0)
+        needed = len(prompt) + (max_new_tokens if learned else 0)
         if limit is not None and needed > limit:
-            new = f" + {settings.max_new_tokens} new ones" if learned else ""
+            new = f" + {max_new_tokens} new ones" if learned else ""
             shorter = ", or lower `max_completion_length` (`max_new_tokens`)" if learned else ""
             raise ValueError(
                 f"`prompts[{index}]` has {len(prompt)} tokens{new}, but the model has {limit} "

@@ -146,7 +146,7 @@ def group_sample(
     )
     template = chat_template_kwargs or {}
     prompt_ids = [prompt_token_ids(tokenizer, prompt, template) for prompt in prompts]
-    check_prompts(model, prompt_ids, settings)
+    check_prompts(model, prompt_ids, max_new_tokens=settings.max_new_tokens)
 
     def hand_over(index: int, completion: Completion) -> None:
         if on_finished is not None:

@@ -149,7 +149,7 @@ def prefilled(
             return shared, shared.prefill()
         except SharedPrefixError as error:
             logger.warning_once(f"the sampler computes each prompt for each completion: {error}")
-    if not _takes_cache(model):
+    if not takes_cache(model):
         raise _no_cache(model)
     expanded = _ExpandedPrompts(model, prompts, sizes)
     return expanded, expanded.prefill()
@@ -168,7 +168,8 @@ def shares_prompts(model: PreTrainedModel, *, longest: int) -> bool:
     return problem is None
 
 
-def _takes_cache(model: PreTrainedModel) -> bool:
+def takes_cache(model: PreTrainedModel) -> bool:
+    """Return whether the model can go on from keys and values that were kept."""
     return "past_key_values" in inspect.signature(_base_model(model).forward).parameters
 
 
@@ -181,6 +182,6 @@ def _base_model(model: PreTrainedModel) -> nn.Module:
 def _no_cache(model: PreTrainedModel) -> ValueError:
     return ValueError(
         f"{type(_base_model(model)).__name__} fills no key-value cache, so that each token would "
-        "take a pass over the whole text. Use a model with a cache, or leave the sampling to "
-        "`transformers`' `generate`."
+        "take a pass over the whole text. Use a model with a cache, or have transformers' "
+        "`generate` sample (`group_sampler: transformers`)."
     )
