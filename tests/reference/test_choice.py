@@ -48,7 +48,7 @@ def test_a_copy_is_chosen_without_an_estimate_where_memory_is_plenty(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     set_free(monkeypatch, 16 * copy_bytes() + 1)
-    choice = choose_kind(policy("cpu"), SETTINGS)
+    choice = choose_kind(policy("cpu"), SETTINGS, device=torch.device("cpu"))
     assert choice.kind == "resident"
     assert "fits into" in choice.reason
 
@@ -58,14 +58,14 @@ def test_a_copy_is_chosen_where_it_just_fits_beside_what_the_run_will_take(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_free(monkeypatch, copy_bytes() + reserved_bytes())
-    assert choose_kind(policy(device), SETTINGS).kind == "resident"
+    assert choose_kind(policy(device), SETTINGS, device=torch.device(device)).kind == "resident"
 
 
 def test_a_device_streams_from_the_host_when_a_copy_does_not_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     set_free(monkeypatch, copy_bytes() + reserved_bytes() - 1)
-    choice = choose_kind(policy("meta"), SETTINGS)
+    choice = choose_kind(policy("meta"), SETTINGS, device=torch.device("meta"))
     assert choice.kind == "streamed"
     assert "does not fit" in choice.reason
     assert "stream from" in choice.reason
@@ -76,14 +76,14 @@ def test_four_bits_are_chosen_when_not_even_two_layers_fit(
 ) -> None:
     streamed = reference_bytes(model_shape(CONFIG), kind="streamed", dtype_bytes=4)
     set_free(monkeypatch, streamed.device + reserved_bytes())
-    assert choose_kind(policy("meta"), SETTINGS).kind == "streamed"
+    assert choose_kind(policy("meta"), SETTINGS, device=torch.device("meta")).kind == "streamed"
     set_free(monkeypatch, streamed.device + reserved_bytes() - 1)
-    assert choose_kind(policy("meta"), SETTINGS).kind == "quantized"
+    assert choose_kind(policy("meta"), SETTINGS, device=torch.device("meta")).kind == "quantized"
 
 
 def test_a_cpu_has_nowhere_to_stream_from(monkeypatch: pytest.MonkeyPatch) -> None:
     set_free(monkeypatch, copy_bytes() + reserved_bytes() - 1)
-    choice = choose_kind(policy("cpu"), SETTINGS)
+    choice = choose_kind(policy("cpu"), SETTINGS, device=torch.device("cpu"))
     assert choice.kind == "quantized"
     assert "the host's memory too" in choice.reason
 
@@ -91,14 +91,24 @@ def test_a_cpu_has_nowhere_to_stream_from(monkeypatch: pytest.MonkeyPatch) -> No
 def test_processes_share_the_memory_of_their_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     set_free(monkeypatch, 2 * (copy_bytes() + reserved_bytes()))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert choose_kind(policy("cpu"), SETTINGS).kind == "resident"
+    assert choose_kind(policy("cpu"), SETTINGS, device=torch.device("cpu")).kind == "resident"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert choose_kind(policy("cpu"), SETTINGS).kind == "quantized"
+    assert choose_kind(policy("cpu"), SETTINGS, device=torch.device("cpu")).kind == "quantized"
 
 
 def test_sharded_weights_leave_the_reference_to_trl(monkeypatch: pytest.MonkeyPatch) -> None:
     set_free(monkeypatch, 1)
     settings = RunSettings(num_gpus=2, sharding="fsdp")
-    choice = choose_kind(policy("cpu"), settings)
+    choice = choose_kind(policy("cpu"), settings, device=torch.device("cpu"))
     assert choice.kind == "resident"
     assert "TRL's own" in choice.reason
+
+
+def test_a_policy_that_is_not_yet_on_its_device_needs_room_there_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = torch.device("meta")
+    set_free(monkeypatch, 2 * copy_bytes() + reserved_bytes())
+    assert choose_kind(policy("cpu"), SETTINGS, device=device).kind == "resident"
+    set_free(monkeypatch, 2 * copy_bytes() + reserved_bytes() - 1)
+    assert choose_kind(policy("cpu"), SETTINGS, device=device).kind == "streamed"

@@ -143,6 +143,13 @@ def test_no_error_gives_factors_of_0() -> None:
     assert not product_of(torch.zeros(6, 4), random_covariance(4), 2).any()
 
 
+def test_generators_of_other_devices_are_not_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    low_rank_factors(torch.ones(4, 4), covariance_II=torch.eye(4), rank=1)
+    assert seeded == []
+
+
 def test_the_random_state_is_untouched_and_the_factors_are_the_same_each_time() -> None:
     error, covariance = random(30, 20), random_covariance(20)
     torch.manual_seed(5)

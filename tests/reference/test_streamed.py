@@ -239,6 +239,21 @@ def test_prepared_streamed_passes_with_mixed_precision_equal_resident_ones() -> 
     assert not torch.equal(found[0], logits_of(policy))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", MODELS)
+def test_streamed_layers_follow_a_model_that_was_turned_to_16_bits(
+    make: Callable[[], PreTrainedModel], dtype: torch.dtype
+) -> None:
+    """As DeepSpeed turns what it prepares."""
+    policy = make()
+    resident = build_reference(policy, kind="resident").to(dtype)
+    streamed = build_streamed_reference(policy).to(dtype)
+    with torch.no_grad():
+        expected, found = resident(IDS).logits, streamed(IDS).logits
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+
+
 def test_streamed_reference_computes_a_shared_prefix_as_a_resident_copy_does() -> None:
     policy = llama()
     resident, reference = build_reference(policy, kind="resident"), build_streamed_reference(policy)

@@ -63,7 +63,7 @@ class OwnReference(ReferenceSeams):
         self._check_sync(kind)
         if self.options.reference == "auto" and kind == "resident":
             return None
-        on_cpu = policy.device.type == "cpu"
+        on_cpu = self.accelerator.device.type == "cpu"
         if on_cpu and self.runs_onednn:
             use_onednn(policy)
         keeper = ReferenceKeeper(
@@ -94,7 +94,8 @@ class OwnReference(ReferenceSeams):
         if self.reads_images:
             return "resident", "TRL's own, which reads images too"
         # Free memory differs between processes, and all must go the same way.
-        choice = [choose_kind(policy, self._run_settings(policy))]
+        settings, device = self._run_settings(policy), self.accelerator.device
+        choice = [choose_kind(policy, settings, device=device)]
         broadcast_object_list(choice)
         return choice[0].kind, choice[0].reason
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from transformers import PreTrainedModel
 
 from trl_grpo_ext.memory import (
@@ -21,15 +22,19 @@ _SURELY = 16  # times a copy's bytes: with so much free, nothing needs to be est
 _LATER = ("optimizer", "gradients", "activations", "kv_cache")  # what the run has yet to take
 
 
-def choose_kind(policy: PreTrainedModel, settings: RunSettings) -> ReferenceChoice:
+def choose_kind(
+    policy: PreTrainedModel, settings: RunSettings, *, device: torch.device
+) -> ReferenceChoice:
     """Return the kind of reference, and why; processes of one machine share its host memory.
 
     Args:
-        policy: On its device, whole.
+        policy: Whole; under DeepSpeed, for example, not yet on its device.
         settings: Of the run, for what it will take beside the reference.
+        device: Where the run computes.
     """
     copy_bytes = sum(parameter.nbytes for parameter in policy.parameters())
-    on_host = policy.device.type == "cpu"
+    on_host = device.type == "cpu"
+    is_coming = policy.device.type != device.type
     host = available_host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = host if on_host else available_memory_bytes()
     if settings.shards_weights:
@@ -45,6 +50,7 @@ def choose_kind(policy: PreTrainedModel, settings: RunSettings) -> ReferenceChoi
         parameter_bytes=copy_bytes,
         streamed_device_bytes=streamed.device,
         free_device_bytes=free,
-        reserved_bytes=sum(size for part, size in estimate.parts.items() if part in _LATER),
+        reserved_bytes=copy_bytes * is_coming
+        + sum(size for part, size in estimate.parts.items() if part in _LATER),
         free_host_bytes=None if on_host else host,
     )

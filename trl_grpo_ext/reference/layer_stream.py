@@ -58,7 +58,18 @@ class StreamedLayer(nn.Module):
         """Return what the layer returns, computed where its input is."""
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         weights = self.stream.weights(self.index, device=inputs[0].device)
-        return functional_call(self.host, weights, args, kwargs)
+        return functional_call(self.host, _like(inputs[0], weights), args, kwargs)
+
+
+def _like(hidden: Tensor, weights: Weights) -> Weights:
+    """Follow a model that was turned to 16 bits (DeepSpeed does), which its layers do not see."""
+    computes_in_half = hidden.dtype in (torch.bfloat16, torch.float16)
+    if not computes_in_half or torch.is_autocast_enabled(hidden.device.type):
+        return weights
+    if any(tensor.dtype == hidden.dtype for tensor in weights.values()):
+        return weights
+    single = torch.float32
+    return {n: t.to(hidden.dtype) if t.dtype == single else t for n, t in weights.items()}
 
 
 def streamed_layers(model: nn.Module) -> list[StreamedLayer]:

@@ -43,7 +43,7 @@ def low_rank_factors(
     weighted_OI = (error_OI.double() @ lower_II).float()
     # Its random start must not move the run's random state.
     with torch.random.fork_rng(_cuda_devices(error_OI)):
-        torch.manual_seed(0)
+        _generator(error_OI.device).manual_seed(0)
         left_OR, sizes_R, right_IR = torch.svd_lowrank(
             weighted_OI,
             q=min(rank + _OVERSAMPLING, *error_OI.shape),
@@ -65,6 +65,13 @@ def rank_of_budget(bits: float, *, out_features: int, in_features: int) -> int:
     """
     rank = int(bits * out_features * in_features / (16 * (out_features + in_features)))
     return max(0, min(rank, out_features, in_features))
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The device's own; ``torch.manual_seed`` would seed those of all devices."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
 
 
 def _cuda_devices(tensor: Tensor) -> list[torch.device]:

@@ -247,6 +247,23 @@ __import__('os').system('touch /tmp/hacked') | 72 | 0
 x if True else 72 | 72 | 0
 \text{72 or 73} | 72 | 0
 \boxed{72} or \boxed{73} | 73 | 0
+5 thousands | 5 | 0
+5 dozens | 5 | 0
+2\text{ fifths} | 2 | 0
+5 no six | 5 | 0
+5 rather six | 5 | 0
+5 until ten | 5 | 0
+5 with remainder two | 5 | 0
+5 aka seven | 5 | 0
+5 doubled | 5 | 0
+5 seven | 5 | 0
+5 dollars fifty cents | 5 | 0
+5 clips oder sieben | 5 | 0
+y' | y | 0
+2x' | 2x | 0
+x''+1 | x+1 | 0
+(A) CD | A | 0
+(A) (BB) | A | 0
 """
 
 TABLE = {

@@ -92,6 +92,14 @@ def test_logits_of_tokens_are_those_of_each_text_alone(prm_dir: Path) -> None:
             assert row == pytest.approx(expected, abs=1e-5)
 
 
+def test_logits_are_the_same_whatever_the_policy_computes_in(orm_dir: Path) -> None:
+    model, texts = load(orm_dir), draw_texts(9, 4)
+    expected = model.logits(texts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.logits(texts)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_logits_of_nothing_are_nothing(orm_dir: Path) -> None:
     assert load(orm_dir).logits([]) == []
 

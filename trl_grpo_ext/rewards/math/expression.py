@@ -61,7 +61,7 @@ def read_expression(text: str) -> Expression | None:
 def operations(latex: str) -> set[str]:
     """Return the operations in an expression that an answer should not leave to be done."""
     found = {name for name in _COMMAND.findall(latex) if name in OPERATIONS}
-    return found | {sign for sign in "!|" if sign in latex}
+    return found | {sign for sign in "!|'" if sign in latex}
 
 
 def letters(latex: str) -> set[str]:

@@ -20,6 +20,7 @@ from trl_grpo_ext.rewards.math.brackets import closing_brace
 from trl_grpo_ext.rewards.math.parse import read_answer
 from trl_grpo_ext.rewards.math.prose import is_uncertain, read_prose
 
+_CLAUSE = 200  # characters before "the answer is" that may deny it
 MAX_TAIL = 2000  # characters in which a reply without any marker is searched
 
 _THOUGHT_TAG = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|reflection)>", re.IGNORECASE)
@@ -29,6 +30,9 @@ _ANSWER_IS = re.compile(
     re.IGNORECASE,
 )
 _REASON = re.compile(r"\s+(?:because|since|which means)\b|,\s+(?:because|since|as|so|which)\b")
+_DENIED = re.compile(
+    r"\b(?:wrong|incorrect|false|doubt\w*|nobody|no one|never|not)\b[^.,;:!?\n]*$", re.IGNORECASE
+)
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*_]|$)|\n")
 _DISPLAY = re.compile(r"\s*(?:\$\$(.*?)\$\$|\\\[(.*?)\\\])", re.DOTALL)
 _BOX = re.compile(r"(?P<sign>(?<![\w)\]}])-(?=\\))?\\boxed\s*\{")
@@ -70,7 +74,7 @@ def read_gold(gold: str) -> Answer | None:
 
 
 def said(reply: str, *, starts_in_thought: bool = False) -> str:
-    """Return what a reply says outside its thinking and outside HTML comments.
+    """Return what a reply says outside its thinking, HTML comments and what is struck out.
 
     Example:
         >>> said("<think>7?</think>8<think>9?")
@@ -79,7 +83,8 @@ def said(reply: str, *, starts_in_thought: bool = False) -> str:
     text = reply
     if starts_in_thought or "<" in reply:
         text = _without_thoughts(reply, is_thought=starts_in_thought)
-    return re.sub(r"<!--(?:(?!-->|<!--).)*(?:-->|$)", " ", text, flags=re.DOTALL)
+    text = re.sub(r"<!--(?:(?!-->|<!--).)*(?:-->|$)", " ", text, flags=re.DOTALL)
+    return re.sub(r"~~[^~\n]*~~", " ", text)
 
 
 def _without_thoughts(reply: str, *, is_thought: bool) -> str:
@@ -148,11 +153,13 @@ def _is_heading(line: re.Match[str], text: str) -> bool:
 
 def _statement(text: str) -> str | None:
     """Return what the last "the answer is" is followed by, ``None`` if nobody says so."""
-    start = None
-    for match in _ANSWER_IS.finditer(text):
-        start = match.end()
-    if start is None:
+    matches = list(_ANSWER_IS.finditer(text))
+    if not matches:
         return None
+    match = matches[-1]
+    if _DENIED.search(text[max(0, match.start() - _CLAUSE) : match.start()]):
+        return ""
+    start = match.end()
     if display := _DISPLAY.match(text, start):
         return display[1] or display[2]
     end = _SENTENCE_END.search(text, start)

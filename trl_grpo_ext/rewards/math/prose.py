@@ -16,7 +16,14 @@ _UNCERTAIN = re.compile(
     r"\b(?:or|either|neither|maybe|perhaps|possibly|probably|might|could|not|never|wrong|incorrect|"
     r"unless|alternatively|otherwise|guess|unsure|between|(?:more|less|fewer|greater|other) than|"
     r"at (?:least|most)|minus|negative|twice|half|double|triple|thousand|million|billion|dozens?|"
-    r"hundred|squared|cubed|except|instead)\b|n't\b",
+    r"hundreds?|squared|cubed|except|instead|if|too|false|falsely|doubt\w*|nobody|refuse|reject|"
+    r"ignore|rule out|lie|mistaken?|give up)\b|n't\b",
+    re.IGNORECASE,
+)
+# With one of these before it, a number is not the answer itself.
+_CHANGED = re.compile(
+    r"\b(?:above|over|below|under|beyond|almost|nearly|among|times|plus|less|without|step|up to|"
+    r"far from|(?:root|square|cube|sum|product|one|some|half|each) of)\s+[$€£¥]?[-+]?\.?\d",
     re.IGNORECASE,
 )
 _MATHEMATICS = re.compile(
@@ -28,7 +35,7 @@ _EDGES = ".,;:!?*_`\"'"
 
 def is_uncertain(text: str) -> bool:
     """Return whether the text hedges, negates or changes the number that it names."""
-    return _UNCERTAIN.search(text) is not None
+    return bool(_UNCERTAIN.search(text) or _CHANGED.search(text))
 
 
 def read_prose(sentence: str) -> Answer | None:

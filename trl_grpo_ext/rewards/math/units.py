@@ -44,13 +44,24 @@ _TABLE: dict[str, dict[str, str]] = {
 _CHANGING_WORDS = (
     "or and not nor either neither maybe perhaps possibly otherwise alternatively but versus vs "
     "if unless wrong incorrect false is was isn are be to than times plus minus over divided by "
-    "squared cubed factorial choose mod modulo hundred thousand million billion trillion dozen "
-    "score half third quarter tenths hundredths thousandths pairs pair percentage points point "
+    "squared cubed factorial choose mod modulo remainder dozen gross score pair point percentage "
+    "permille half third quarter fourth fifth sixth seventh eighth ninth tenth twelfth twentieth "
+    "hundredth thousandth millionth halve halved doubled tripled twice thrice ish "
+    "no rather instead until through add added subtract subtracted with incorrectly mistaken "
+    "mistake too aka slash alternately oder ou "
     "sin cos tan sec csc cot log exp sqrt pi infinity inf nan"
 )
+_NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety "
+    "hundred thousand million billion trillion"
+)
 
-_CHANGING = frozenset(_CHANGING_WORDS.split())
-_WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+){0,4}")
+_CHANGING = frozenset(f"{_CHANGING_WORDS} {_NUMBER_WORDS}".split())
+# What is counted, and behind a preposition where or when: "red clips", "clips in early May".
+_WORDS = re.compile(
+    r"[^\W\d_]+(?:[ '-][^\W\d_]+)?(?: (?:in|of|on|at|per|for|from|left)(?: [^\W\d_]+){0,3})?"
+)
 _POWER = re.compile(
     r"(?P<base>\D+?)\s*(?:\^\s*\{?\s*(?P<power>[23])\s*\}?|(?P<word>squared|cubed))"
 )
@@ -139,7 +150,8 @@ def _power(text: str) -> Unit | None:
 
 def changes_meaning(text: str) -> bool:
     """Return whether a word of the text hedges, negates, or changes the number beside it."""
-    return not _CHANGING.isdisjoint(re.split(r"[^\w]+", text.casefold()))
+    words = re.split(r"[^\w]+", text.casefold())
+    return not _CHANGING.isdisjoint([*words, *(word.removesuffix("s") for word in words)])
 
 
 def _counted(text: str) -> Unit | None:

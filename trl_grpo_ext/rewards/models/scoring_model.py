@@ -117,7 +117,8 @@ def forward_pass(
     """
     ids_NT, mask_NT = _padded(texts, pad_id=model.config.get_text_config().pad_token_id)
     inputs = {"input_ids": ids_NT.to(model.device), "attention_mask": mask_NT.to(model.device)}
-    with torch.inference_mode():
+    # In its own dtype, whatever the policy computes in around this call.
+    with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
         if kind == "sequence" and pooling == "last":
             logits = _last_token_logits(model, **inputs)
         else:
