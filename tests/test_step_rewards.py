@@ -349,17 +349,28 @@ def test_what_has_one_advantage_a_completion_is_refused(
         build(Path("no-model-is-loaded"), tmp_path, *[VowelsOfSteps()] * rewards, **options)
 
 
-def test_rollouts_are_refused(tmp_path: Path) -> None:
+def even(*, completions: list[str], **_: Any) -> list[float]:
+    return [float(len(text) % 2 == 0) for text in completions]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rollout_func": lambda **_: {}},
+        {"tools": [even]},
+        {"environment_factory": object},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_what_others_write_into_completions_is_refused(
+    tmp_path: Path, given: dict[str, Any]
+) -> None:
     config = ExtGRPOConfig(**settings(tmp_path))
-    with pytest.raises(ConfigurationError, match="`rollout_func` is given"):
-        ExtGRPOTrainer("none", [VowelsOfSteps()], config, PROMPTS, rollout_func=lambda **_: {})
+    with pytest.raises(ConfigurationError, match=f"`{next(iter(given))}` is given"):
+        ExtGRPOTrainer("none", [VowelsOfSteps()], config, PROMPTS, **given)
 
 
 # Gates and limits ---------------------------------------------------------------------------------
-
-
-def even(*, completions: list[str], **_: Any) -> list[float]:
-    return [float(len(text) % 2 == 0) for text in completions]
 
 
 def test_gates_and_limits_change_what_is_learned_and_not_what_is_logged(

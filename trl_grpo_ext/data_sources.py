@@ -15,6 +15,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.rewards.gym_scorer import create_task
 from trl_grpo_ext.rewards.reasoning_gym import COLUMN, scorer_row
 
 REASONING_GYM = "reasoning_gym:"
@@ -104,7 +105,7 @@ def _read_reasoning_gym(
     if problems := _reasoning_gym_problems(gym, name, splits=splits, options=options):
         raise ConfigurationError(problems)
     try:
-        items = gym.create_dataset(name, **options)
+        items = create_task(name, options)
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigurationError([_refused(name, options, error)]) from error
     return Dataset.from_list([_reasoning_gym_row(name, options, item) for item in items])

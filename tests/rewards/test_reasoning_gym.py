@@ -79,6 +79,28 @@ def test_reward_says_what_the_scorer_of_every_task_says(reward: ReasoningGymRewa
     assert wrong == {}
 
 
+def test_a_composite_task_is_drawn_and_scored_as_a_yaml_writes_it(
+    reward: ReasoningGymReward,
+) -> None:
+    parts = [{"name": name, "weight": 1.0} for name in ("chain_sum", "leg_counting")]
+    arguments = TaskArguments(
+        dataset="reasoning_gym:composite",
+        dataset_arguments={"size": 60, "datasets": parts},
+        rewards=["reasoning_gym"],
+        num_eval_prompts=4,
+    )
+    assert task_problems(arguments) == []
+    rows = load_task(arguments).train
+    right, wrong = (
+        reward(completions=tagged(*answers), reasoning_gym=rows["reasoning_gym"])
+        for answers in (rows["answer"], ["0.5"] * rows.num_rows)
+    )
+    assert set(right) == {1.0}
+    assert max(wrong) < 0.1
+    legs = ["legs" in prompt[-1]["content"] for prompt in rows["prompt"]]
+    assert 0 < sum(legs) < len(legs)
+
+
 def test_reward_uses_the_options_of_the_data_set(reward: ReasoningGymReward) -> None:
     [(_, wide)], [(_, narrow)] = rows_of("puzzle24"), rows_of("puzzle24", max_value=6)
     assert ast.literal_eval(narrow)["options"] == {"max_value": 6}

@@ -42,6 +42,23 @@ def verdict(row: str, answer: str | None) -> float | str:
     return "broken" if answer is None else "refused"
 
 
+def create_task(task: str, options: Mapping[str, Any]) -> Any:
+    """Return reasoning-gym's data set.
+
+    Args:
+        task: Its name.
+        options: Of its configuration. The ``datasets`` of ``composite`` are mappings with ``name``,
+            ``weight`` and ``config``, as a YAML has them.
+    """
+    import reasoning_gym
+    from reasoning_gym.composite import DatasetSpec
+
+    if task == "composite":
+        parts = [DatasetSpec(**{"config": {}, **part}) for part in options.get("datasets", [])]
+        options = {**options, "datasets": parts}
+    return reasoning_gym.create_dataset(task, **options)
+
+
 def prepare() -> None:
     """Give :func:`checked_eval` to all modules of reasoning-gym, and to sympy's parser."""
     import reasoning_gym  # noqa: F401
@@ -104,8 +121,6 @@ def _score(row: str, answer: str | None) -> float:
 
 @lru_cache(maxsize=128)
 def _scorer(task: str, options: str) -> Callable[[str | None, dict[str, Any]], float]:
-    from reasoning_gym import create_dataset
-
     score: Callable[[str | None, dict[str, Any]], float]
-    score = create_dataset(task, **ast.literal_eval(options)).score_answer
+    score = create_task(task, ast.literal_eval(options)).score_answer
     return score
