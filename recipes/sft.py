@@ -81,7 +81,7 @@ def run(recipe: Recipe) -> int:
             examples=compare_replies(task.held_out, before, after),
         )
         print(f"The model and its report are in {report.parent}. Read {report}.")
-        push_at_end(trainer, asked=asked)
+        push_at_end(trainer, asked=asked, settings=recipe.settings)
     return 0
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hub.programs import TOKEN, environment, push, run_program
 from hub.server import serving
+from huggingface_hub import ModelCard
 
 ROOT = Path(__file__).parents[2]
 GIVEN_TOKEN = "hf_givenAsAnOptionOfTheRun0123456789"
@@ -52,12 +53,20 @@ def recipe(url: str, name: str, tmp_path: Path, model: Path, **options: Any) -> 
 def test_sft_uploads_model_and_card_in_private(tiny_model_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with serving() as hub:
-        run = recipe(hub.url, "sft", tmp_path, tiny_model_dir, **SFT, hub_token=GIVEN_TOKEN)
+        options = {**SFT, "hub_token": GIVEN_TOKEN, "num_eval_prompts": 1}
+        run = recipe(hub.url, "sft", tmp_path, tiny_model_dir, **options)
     assert run.returncode == 0, run.stderr
     assert hub.private == {"models/me/out": True}
     files = hub.files["models/me/out"]
     for name in ("model.safetensors", "README.md", "report.md", "chat_template.jinja"):
         assert files[name] == (out / name).read_bytes()
+    assert hub.tokens == {GIVEN_TOKEN}  # not that of the environment
+    card = ModelCard(files["README.md"].decode())
+    for part in ("to imitate traces of `rows.jsonl`", "## Command", "| `max_steps` | 1 |"):
+        assert part in card.text
+    (accuracy,) = card.data.eval_results
+    assert accuracy.metric_type == "accuracy"
+    assert accuracy.metric_value == json.loads(files["summary.json"])["accuracy_after"]
     written = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
     for text in (*written, run.stdout.encode(), run.stderr.encode()):
         assert TOKEN.encode() not in text

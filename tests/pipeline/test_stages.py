@@ -104,6 +104,26 @@ def complete(*made: Stage) -> None:
         (stage.folder / "summary.json").write_text("{}")
 
 
+@pytest.mark.parametrize("left", ["", "model_name_or_path: [", "- a list"])
+def test_a_stage_whose_settings_cannot_be_read_is_refused(tmp_path: Path, left: str) -> None:
+    stage = stages(tmp_path)["sft"]
+    stage.write_settings()
+    (stage.folder / "checkpoint-1").mkdir()
+    assert not stage.is_complete()
+    (stage.folder / "stage.yaml").write_text(left)
+    with pytest.raises(ConfigurationError, match="was made with other settings"):
+        stage.is_complete()
+
+
+def test_a_kill_while_settings_are_first_written_leaves_no_stage(tmp_path: Path) -> None:
+    stage = stages(tmp_path)["sft"]
+    stage.folder.mkdir(parents=True)
+    (stage.folder / ".stage.yaml").write_text("half of")
+    assert not stage.is_complete()
+    stage.write_settings()
+    assert [path.name for path in stage.folder.iterdir()] == ["stage.yaml"]
+
+
 def test_what_was_made_from_an_output_that_is_made_again_is_moved_aside(tmp_path: Path) -> None:
     made = stages(tmp_path)
     complete(*made.values())

@@ -27,6 +27,7 @@ class RunFacts:
     """What a model card says of a run.
 
     Attributes:
+        imitates: Whether it was fine-tuned on traces, not on rewards.
         base_model: Name on the Hub, of a package, or of a folder.
         dataset: Name on the Hub, or what the run calls its data.
         rewards: Name and weight of each reward function.
@@ -39,6 +40,7 @@ class RunFacts:
         secrets: That must not be in the card.
     """
 
+    imitates: bool = False
     base_model: str | None = None
     dataset: str | None = None
     rewards: Sequence[tuple[str, float]] = ()
@@ -192,16 +194,23 @@ def _plots(drawn: set[str]) -> str:
 
 
 def _limitations(facts: RunFacts) -> Iterator[str]:
-    data = f"prompts of {code_span(facts.dataset)}" if facts.dataset else "the prompts of the run"
-    yield (
-        f"It was trained by reinforcement learning on {data} alone. What the rewards do not "
-        "measure was not trained, and may be worse than in the base model."
-    )
-    yield "Rewards can be gamed: a completion with a high reward need not be a good answer."
+    what = "traces" if facts.imitates else "prompts"
+    data = f"{what} of {code_span(facts.dataset)}" if facts.dataset else f"the {what} of the run"
+    if facts.imitates:
+        yield (
+            f"It was fine-tuned to imitate {data} alone. What they do not show was not trained, "
+            "and may be worse than in the base model; their errors are imitated too."
+        )
+    else:
+        yield (
+            f"It was trained by reinforcement learning on {data} alone. What the rewards do not "
+            "measure was not trained, and may be worse than in the base model."
+        )
+        yield "Rewards can be gamed: a completion with a high reward need not be a good answer."
     if scores(facts):
         yield (
-            "The evaluation is of prompts like those of the training, judged by the rewards of the "
-            "training. It says nothing of other tasks, of safety, or of other languages."
+            "The evaluation is of prompts like those of the training, judged by its rewards. It "
+            "says nothing of other tasks, of safety, or of other languages."
         )
     yield "Licence, biases and knowledge are those of the base model."
 

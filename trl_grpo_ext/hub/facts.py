@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from trl_grpo_ext.files import SUMMARY_FILE
 from trl_grpo_ext.hub.card import RunFacts
 from trl_grpo_ext.hub.shown import command_line
 from trl_grpo_ext.report.versions import library_versions
@@ -29,10 +32,30 @@ def run_facts(trainer: Any) -> RunFacts:
         settings=settings,
         reference=_reference(trainer),
         log_history=trainer.state.log_history,
-        summary=_summary(Path(str(trainer.args.output_dir)) / "summary.json"),
+        summary=_summary(Path(str(trainer.args.output_dir)) / SUMMARY_FILE),
         versions=_versions(),
         command=command_line(),
         secrets=trainer.hub_secrets,
+    )
+
+
+def fine_tuning_facts(trainer: Any, settings: Mapping[str, object]) -> RunFacts:
+    """Return what the card of a fine-tuned model says.
+
+    Args:
+        trainer: TRL's ``SFTTrainer``, at its end.
+        settings: Every option that was given, by its key.
+    """
+    return RunFacts(
+        imitates=True,
+        base_model=_named(settings.get("model_name_or_path")),
+        dataset=_named(settings.get("traces") or settings.get("dataset")),
+        settings=settings,
+        log_history=trainer.state.log_history,
+        summary=_summary(Path(str(trainer.args.output_dir)) / SUMMARY_FILE),
+        versions=_versions(),
+        command=command_line(),
+        secrets=[os.environ.get("HF_TOKEN", "")],
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from trl_grpo_ext.errors import ConfigurationError
-from trl_grpo_ext.files import SUMMARY_FILE
+from trl_grpo_ext.files import SUMMARY_FILE, write_atomically
 from trl_grpo_ext.pipeline.options import R1Arguments
 
 MODELS = ("base", "sft", "grpo", "rejection_sft")  # what is evaluated, in this order
@@ -55,9 +55,10 @@ class Stage:
             ConfigurationError: What is there was made with others.
         """
         path = self.folder / SETTINGS_FILE
-        if not self.folder.is_dir() or not any(each != path for each in self.folder.iterdir()):
+        own = {path.name, f".{path.name}"}  # also what a kill left of it
+        if not self.folder.is_dir() or own.issuperset(p.name for p in self.folder.iterdir()):
             return False
-        made_with = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        made_with = _read(path)
         wanted = yaml.safe_load(self.to_yaml())
         changed = sorted(
             key for key in {*made_with, *wanted} if made_with.get(key) != wanted.get(key)
@@ -90,8 +91,17 @@ class Stage:
         """Write ``stage.yaml`` and return its path."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / SETTINGS_FILE
-        path.write_text(self.to_yaml(), encoding="utf-8")
+        write_atomically(path, self.to_yaml())
         return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Settings that are on disk; none if they are not there, or no settings."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def make_stages(options: R1Arguments, shared: Mapping[str, Any]) -> list[Stage]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from trl import SFTConfig, SFTTrainer
 
+from trl_grpo_ext.hub.card import write_card
+from trl_grpo_ext.hub.facts import fine_tuning_facts
 from trl_grpo_ext.hub.push import push_or_tell
 from trl_grpo_ext.hub.record import IGNORED, Upload
 
@@ -34,21 +37,23 @@ def take_push(args: SFTConfig) -> Push | None:
         return None
     args.push_to_hub = False
     if args.hub_token:  # transformers would save it with its arguments, in the folder
-        os.environ.setdefault("HF_TOKEN", args.hub_token)
+        os.environ["HF_TOKEN"] = args.hub_token
         args.hub_token = None
     name = args.hub_model_id or Path(str(args.output_dir)).absolute().name
     return Push(name, private=args.hub_private_repo is not False)
 
 
-def push_at_end(trainer: SFTTrainer, *, asked: Push | None) -> None:
-    """Upload the folder with TRL's card; what is not uploaded is told, with the command for it.
+def push_at_end(trainer: SFTTrainer, *, asked: Push | None, settings: Mapping[str, object]) -> None:
+    """Upload the folder with its card; what is not uploaded is told, with the command for it.
 
     Args:
-        trainer: In the main process; its model is saved.
+        trainer: In the main process; its model and its report are saved.
         asked: From :func:`take_push`.
+        settings: Every option that was given, by its key.
     """
     if asked is None:
         return
     trainer.create_model_card(model_name=asked.repo_id)
+    write_card(Path(str(trainer.args.output_dir)), fine_tuning_facts(trainer, settings))
     upload = Upload(asked.repo_id, folder=".", private=asked.private, ignore=IGNORED)
     trainer.accelerator.print(push_or_tell(str(trainer.args.output_dir), upload))
