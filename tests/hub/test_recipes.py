@@ -62,7 +62,12 @@ def test_sft_uploads_model_and_card_in_private(tiny_model_dir: Path, tmp_path: P
         assert files[name] == (out / name).read_bytes()
     assert hub.tokens == {GIVEN_TOKEN}  # not that of the environment
     card = ModelCard(files["README.md"].decode())
-    for part in ("to imitate traces of `rows.jsonl`", "## Command", "| `max_steps` | 1 |"):
+    for part in (
+        "to imitate traces of `rows.jsonl`",
+        "## Command",
+        "| `max_steps` | 1 |",
+        'model="out"',
+    ):
         assert part in card.text
     (accuracy,) = card.data.eval_results
     assert accuracy.metric_type == "accuracy"

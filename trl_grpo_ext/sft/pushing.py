@@ -53,7 +53,9 @@ def push_at_end(trainer: SFTTrainer, *, asked: Push | None, settings: Mapping[st
     """
     if asked is None:
         return
+    vars(trainer)["hub_model_id"] = asked.repo_id  # the card says how to load it
     trainer.create_model_card(model_name=asked.repo_id)
-    write_card(Path(str(trainer.args.output_dir)), fine_tuning_facts(trainer, settings))
+    facts = fine_tuning_facts(trainer, {**settings, "push_to_hub": True})
+    write_card(Path(str(trainer.args.output_dir)), facts)
     upload = Upload(asked.repo_id, folder=".", private=asked.private, ignore=IGNORED)
     trainer.accelerator.print(push_or_tell(str(trainer.args.output_dir), upload))
