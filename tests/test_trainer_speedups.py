@@ -71,8 +71,8 @@ def theirs(model: Any, tmp_path: Path, **changes: Any) -> Any:
     return trainer_of(GRPOTrainer, GRPOConfig, model, tmp_path, **changes)
 
 
-def count_packed_passes(trainer: Any, *, with_gradient: bool) -> list[int]:
-    """A list that gets an entry for each packed pass of the policy."""
+def count_packed_passes(model: Any, *, with_gradient: bool) -> list[int]:
+    """A list that gets an entry for each packed pass of a model."""
     passes: list[int] = []
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
@@ -80,7 +80,7 @@ def count_packed_passes(trainer: Any, *, with_gradient: bool) -> list[int]:
         if packed and torch.is_grad_enabled() is with_gradient:
             passes.append(1)
 
-    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+    model.register_forward_pre_hook(note, with_kwargs=True)
     return passes
 
 
@@ -238,7 +238,7 @@ def test_a_mixture_with_an_auxiliary_loss_takes_padded_rows(
     options = {"router_aux_loss_coef": coefficient}
     changes = {"max_steps": 2, "rollout_func": rollout, **options}
     trainer = ours(folder, tmp_path, verify_shared_prefix=False, **changes)
-    packed = count_packed_passes(trainer, with_gradient=True)
+    packed = count_packed_passes(trainer.model, with_gradient=True)
     found, _ = train(trainer)
     expected, _ = train(theirs(folder, tmp_path, **changes))
     told = [r.message for r in warnings_logged.records if "padded path" in r.message]
@@ -356,7 +356,7 @@ def test_old_logprobs_come_from_the_sampler(
     changes |= {"mask_truncated_completions": masked, "temperature": 0.9, "top_k": 20}
     kept = ours(tiny_model_dir, tmp_path, **changes)
     recomputed = ours(tiny_model_dir, tmp_path, old_logprobs="recompute", **changes)
-    passes = [count_packed_passes(t, with_gradient=False) for t in (kept, recomputed)]
+    passes = [count_packed_passes(t.model, with_gradient=False) for t in (kept, recomputed)]
     kept.train()
     recomputed.train()
     assert [len(found) for found in passes] == [0, 2]  # one for each generation
@@ -366,6 +366,45 @@ def test_old_logprobs_come_from_the_sampler(
     for batches in zip(kept._buffered_inputs, recomputed._buffered_inputs, strict=True):
         left, right = (batch["old_per_token_logps"] for batch in batches)
         torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
+
+
+def test_old_logprobs_come_from_the_sampler_when_a_generation_feeds_several_steps(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    changes = {"steps_per_generation": 3, "per_device_train_batch_size": 4, "max_steps": 3}
+    changes |= {"verify_shared_prefix": False, "beta": 0.0}
+    found = []
+    for source, recomputes in (("sampler", False), ("recompute", True)):
+        trainer = ours(tiny_model_dir, tmp_path, old_logprobs=source, **changes)
+        passes = count_packed_passes(trainer.model, with_gradient=False)
+        trainer.train()
+        assert bool(passes) is recomputes
+        batches = trainer._buffered_inputs  # groups are shuffled into them
+        rows = [row for batch in batches for row in batch["completion_ids"].tolist()]
+        logprobs = [row for batch in batches for row in batch["old_per_token_logps"].tolist()]
+        found.append([row for _, row in sorted(zip(rows, logprobs, strict=True))])
+    assert len(found[0]) == 12
+    torch.testing.assert_close(*map(torch.tensor, found), atol=1e-5, rtol=1e-5)
+
+
+def test_reference_computes_each_prompt_once_too(tiny_model_dir: Path, tmp_path: Path) -> None:
+    trainer = ours(tiny_model_dir, tmp_path, max_steps=2, verify_shared_prefix=False)
+    passes = count_packed_passes(trainer.ref_model, with_gradient=False)
+    trainer.train()
+    assert len(passes) == 2  # one for each generation
+
+
+@pytest.mark.parametrize(("num_tokens", "shows"), [(255, False), (256, True)])
+def test_long_generations_show_their_progress(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    num_tokens: int,
+    shows: bool,
+) -> None:
+    changes = {"max_completion_length": num_tokens, "disable_tqdm": False, "max_steps": 1}
+    ours(tiny_model_dir, tmp_path, **changes).train()
+    assert ("sampling:" in capsys.readouterr().err) is shows
 
 
 def test_old_logprobs_of_the_reference_adapter_are_not_the_samplers(

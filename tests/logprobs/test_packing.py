@@ -197,3 +197,10 @@ def test_attend_lets_no_completion_see_another_and_no_prompt_see_a_completion() 
     x[:, :, :, start:end] += 1.0  # the second completion of the first prompt
     changed = (groups.attend(0, *x, scaling=None)[0] != before).flatten(1).any(dim=1)
     assert changed.nonzero().flatten().tolist() == list(range(start, end))
+
+
+def test_an_empty_prompt_is_an_error_that_names_its_row() -> None:
+    ids = torch.tensor([[5, 6, 7], [1, 1, 8]])
+    mask = torch.tensor([[1, 1, 1], [0, 0, 1]])
+    with pytest.raises(ValueError, match="row 1 has an empty prompt"):
+        pack_groups(ids, mask, num_labels=1)

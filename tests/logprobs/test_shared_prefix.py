@@ -371,12 +371,21 @@ def test_shared_prefix_equals_padding_with_gradient_checkpointing(
     assert len(recomputed) == 2  # forward, and once more in the backward pass
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_shared_prefix_equals_padding_in_the_gradients_of_lora(checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "target", "num_adapted", "checkpointing"),
+    [
+        ("llama", "all-linear", 7, False),
+        ("llama", "all-linear", 7, True),
+        ("qwen3 moe", ["q_proj", "k_proj", "v_proj", "o_proj"], 4, False),
+    ],
+)
+def test_shared_prefix_equals_padding_in_the_gradients_of_lora(
+    name: str, target: str | list[str], num_adapted: int, checkpointing: bool
+) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(6)
-        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-        model = get_peft_model(build(EXACT["llama"]()), config).eval()
+        config = LoraConfig(r=4, target_modules=target, init_lora_weights=False)
+        model = get_peft_model(build(EXACT[name]()), config).eval()
     assert isinstance(model, PeftModel)
     prepare_shared_prefix(model.get_base_model())
     expected = train_on(model, by_padding, batch(ROWS))
@@ -384,7 +393,7 @@ def test_shared_prefix_equals_padding_in_the_gradients_of_lora(checkpointing: bo
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    assert len(expected.gradients) == 2 * 7 * 2  # layers, linear layers in each, A and B
+    assert len(expected.gradients) == 2 * num_adapted * 2  # layers, linear layers in each, A and B
     assert all("lora" in name for name in expected.gradients)
     assert_same_pass(train_on(model, by_packing, batch(ROWS)), expected)
     with model.disable_adapter(), torch.no_grad():
