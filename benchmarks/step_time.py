@@ -7,9 +7,10 @@
 
 The trainers run in turn, each time in a process of its own: the same model, prompts, seed, options
 and lengths (every completion is forced to the same number of tokens). The first generation of a
-process is not counted. A step's seconds are the median over its process; the ratio is taken
-repeat by repeat. Run it with nothing else on the machine. Writes outputs/step_time/SCENARIO.json;
-what was measured, and on what, stands in docs/benchmarks.md.
+process is not counted. A step's seconds are the median over its process; the ratios are taken
+repeat by repeat. A trainer that fails is named, and the others go on. Run it with nothing else on
+the machine. Writes outputs/step_time/SCENARIO.json; what was measured, and on what, stands in
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -94,6 +95,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "ours_without_onednn": {"onednn_linear": False},
 }
 NEVER = 10**9  # a stop token that no vocabulary has
+TOLERANCE = (
+    0.02  # of the mean length: TRL cuts at its own stop token, which random weights may draw
+)
 
 # [FLOP/s dense bf16, bytes/s] of the devices that the roofline is known for.
 RATES = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
@@ -194,7 +198,7 @@ def measure(arm: str, scenario: Scenario, options: argparse.Namespace) -> None:
     args = config_class(
         output_dir=str(OUTPUT / "trainer"),
         use_cpu=use_cpu,
-        bf16=False,
+        bf16=options.bf16,
         report_to=[],
         disable_tqdm=True,
         logging_strategy="no",
@@ -223,6 +227,7 @@ def measure(arm: str, scenario: Scenario, options: argparse.Namespace) -> None:
     trainer.train()
     counted = steps.steps[scenario.num_iterations :]
     found = {
+        "completion_length": trainer.state.log_history[-1]["completions/mean_length"],
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "passes": [
             median_step(counted[i :: scenario.num_iterations])
@@ -365,7 +370,8 @@ def main() -> None:
     parser.add_argument("--scenario", choices=list(SCENARIOS))
     parser.add_argument("--model", default=PACKAGED, help="a folder, or random:SHAPE")
     parser.add_argument("--tokenizer", default=PACKAGED, help="a folder")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", help="of the weights")
+    parser.add_argument("--bf16", action="store_true", help="compute in it, by autocast")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each trainer")
     parser.add_argument("--cycles", type=int, default=1, help="generations counted a process")
     parser.add_argument("--completion_length", type=int)
@@ -373,6 +379,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as the last line")
     parser.add_argument("--measure", choices=list(ARMS), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    failed = False
     for name in [options.scenario] if options.scenario else ON_CPU:
         scenario = SCENARIOS[name]
         if options.completion_length:
@@ -383,32 +390,43 @@ def main() -> None:
         result = compare(name, scenario, options)
         show(result)
         OUTPUT.mkdir(parents=True, exist_ok=True)
-        (OUTPUT / f"{name}.json").write_text(json.dumps(result, indent=2))
+        file = f"{name}_bf16.json" if options.bf16 else f"{name}.json"
+        (OUTPUT / file).write_text(json.dumps(result, indent=2))
         if options.json:
             print(json.dumps(result))
+        failed = failed or bool(result["failed"])
+    if failed:
+        sys.exit(1)
 
 
 def compare(name: str, scenario: Scenario, options: argparse.Namespace) -> dict[str, Any]:
     """Run the trainers in turn and return seconds, ratios and peaks."""
     packaged(options.tokenizer)  # so that its download is no part of a run
-    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
-    for repeat in range(options.repeats):
-        for arm in options.arms:
-            print(f"{name}, repeat {repeat + 1} of {options.repeats}: {arm} ...", flush=True)
-            runs[arm].append(run_arm(arm, name, options))
+    runs, failed = run_in_turn(name, scenario, options)
+    if len(runs) < 2:
+        sys.exit("Nothing can be compared: fewer than two trainers came to their end.")
     seconds = {
         arm: [mean(p["step"] for p in run["passes"]) for run in found]
         for arm, found in runs.items()
     }
-    baseline = options.arms[0]
-    ours = "ours" if "ours" in seconds else options.arms[-1]
-    ratios = [b / o for b, o in zip(seconds[baseline], seconds[ours], strict=True)]
+    baseline = next(iter(runs))
+    ours = "ours" if "ours" in seconds else list(seconds)[-1]
+    ratios = {
+        arm: [b / o for b, o in zip(seconds[baseline], values, strict=True)]
+        for arm, values in seconds.items()
+    }
     tokens = scenario.num_completions * scenario.completion_length / scenario.num_iterations
     result = {
         "scenario": name,
         **{f"{arm}_s": statistics.median(values) for arm, values in seconds.items()},
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
+        "ratio": statistics.median(ratios[ours]),
+        "ratio_range": [min(ratios[ours]), max(ratios[ours])],
+        "ratios": {
+            arm: [min(values), statistics.median(values), max(values)]
+            for arm, values in ratios.items()
+        },
+        "failed": failed,
+        "completion_length": {arm: found[0]["completion_length"] for arm, found in runs.items()},
         "pass_ratios": pass_ratios(runs[baseline], runs[ours]),
         "tokens_a_second": {
             arm: tokens / statistics.median(values) for arm, values in seconds.items()
@@ -418,6 +436,7 @@ def compare(name: str, scenario: Scenario, options: argparse.Namespace) -> dict[
         "repeats": options.repeats,
         "model": options.model,
         "dtype": options.dtype,
+        "bf16": options.bf16,
         "device": runs[ours][0]["device"],
         "settings": asdict(scenario),
     }
@@ -430,13 +449,49 @@ def compare(name: str, scenario: Scenario, options: argparse.Namespace) -> dict[
     return result
 
 
+def run_in_turn(
+    name: str, scenario: Scenario, options: argparse.Namespace
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """Run the trainers in turn; return what each measured, and why those failed that did."""
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
+    failed: dict[str, str] = {}
+    for repeat in range(options.repeats):
+        for arm in [arm for arm in runs if arm not in failed]:
+            print(f"{name}, repeat {repeat + 1} of {options.repeats}: {arm} ...", flush=True)
+            try:
+                runs[arm].append(checked(run_arm(arm, name, options), scenario))
+            except RuntimeError as error:
+                failed[arm] = str(error)
+                print(f"{arm} failed: {error}", flush=True)
+    return {arm: found for arm, found in runs.items() if arm not in failed}, failed
+
+
+def checked(found: dict[str, Any], scenario: Scenario) -> dict[str, Any]:
+    """Return what was measured, if the completions had their length.
+
+    Raises:
+        RuntimeError: They had not, so that the times cannot be compared.
+    """
+    mean_length = found["completion_length"]
+    if abs(mean_length - scenario.completion_length) > TOLERANCE * scenario.completion_length:
+        wanted = scenario.completion_length
+        raise RuntimeError(f"its completions had {mean_length:.1f} tokens, not {wanted}")
+    return found
+
+
 def run_arm(arm: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one trainer in a process of its own and return what it measured."""
+    """Run one trainer in a process of its own and return what it measured.
+
+    Raises:
+        RuntimeError: It ended with an error, whose last lines are the message.
+    """
     command = [sys.executable, __file__, "--measure", arm, "--scenario", name]
     for key in ("model", "tokenizer", "dtype", "cycles"):
         command += [f"--{key}", str(getattr(options, key))]
     if options.completion_length:
         command += ["--completion_length", str(options.completion_length)]
+    if options.bf16:
+        command.append("--bf16")
     ran = subprocess.run(
         command,
         check=False,
@@ -445,7 +500,8 @@ def run_arm(arm: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     if ran.returncode:
-        sys.exit(f"{arm} failed:\n{ran.stdout[-2000:]}\n{ran.stderr[-4000:]}")
+        said = f"{ran.stdout[-1000:]}\n{ran.stderr[-4000:]}"
+        raise RuntimeError(f"exit code {ran.returncode}\n{said}")
     found: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
     return found
 
@@ -543,6 +599,8 @@ def show(result: dict[str, Any]) -> None:
         f"pass by pass {passes}; "
         + ", ".join(f"{arm} {result['tokens_a_second'][arm]:.0f} tokens/s" for arm in arms)
     )
+    for arm, (least, middle, most) in result["ratios"].items():
+        console.print(f"{arms[0]} / {arm}: {middle:.2f} ({least:.2f} to {most:.2f})")
     for arm, shares in result.get("roofline", {}).items():
         console.print(f"share of the roofline, {arm}: {shares}")
 
