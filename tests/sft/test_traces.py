@@ -189,6 +189,12 @@ def test_what_is_no_conversation_is_refused(
         make_traces(options, load_questions(TaskArguments()))
 
 
+def test_traces_that_are_not_there_are_named_by_their_option(tmp_path: Path) -> None:
+    options = SFTArguments(traces=str(tmp_path / "absent.jsonl"))
+    with pytest.raises(ConfigurationError, match=r"^`traces`=.*absent.jsonl' does not exist"):
+        make_traces(options, load_questions(TaskArguments()))
+
+
 def test_a_dataset_that_rejection_sampling_wrote_is_read(tmp_path: Path) -> None:
     folder = tmp_path / "dataset"
     folder.mkdir()

@@ -134,7 +134,13 @@ def _solution(row: Mapping[str, Any], options: SFTArguments, solve: Solver | Non
 
 
 def _read(options: SFTArguments) -> list[Turn]:
-    (rows,) = read_sources(str(options.traces), splits=[options.traces_split], options={}, seed=0)
+    try:
+        (rows,) = read_sources(
+            str(options.traces), splits=[options.traces_split], options={}, seed=0
+        )
+    except ConfigurationError as error:  # which names the option that tasks come from
+        told = [problem.replace("`dataset`", "`traces`") for problem in error.problems]
+        raise ConfigurationError(told) from error
     names = set(rows.column_names)
     if "messages" not in names and not {"prompt", "completion"} <= names:
         raise ConfigurationError([_no_conversations(options, rows.column_names)])
