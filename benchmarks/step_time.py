@@ -3,7 +3,7 @@
     python benchmarks/step_time.py                           # the CPU scenarios, one by one
     python benchmarks/step_time.py --scenario long --json    # one; its last line is JSON
     python benchmarks/step_time.py --scenario gpu --model random:qwen2.5-1.5b --dtype bfloat16 \
-        --arms trl trl_continuous ours ours_shared_prefill ours_continuous
+        --arms trl trl_continuous ours ours_shared_prefill ours_without_graphs ours_continuous
 
 The trainers run in turn, each time in a process of its own: the same model, prompts, seed, options
 and lengths (every completion is forced to the same number of tokens). The first generation of a
@@ -91,6 +91,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "trl_continuous": {"use_transformers_continuous_batching": True},
     "ours": {},
     "ours_shared_prefill": {"group_sampler": "shared_prefill"},
+    "ours_without_graphs": {"group_sampler": "shared_prefill", "cuda_graphs": False},
     "ours_continuous": {"group_sampler": "continuous_batching"},
     "ours_without_onednn": {"onednn_linear": False},
 }

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from runs import series, settings, train, vowels
+from sampling.tapes import record_tapes
 from transformers import (
     AutoModelForCausalLM,
     Qwen3MoeConfig,
@@ -492,6 +493,24 @@ def test_completions_do_not_depend_on_how_the_batch_is_cut(
     assert list(whole._logs["prompt"]) == list(cut._logs["prompt"])
     assert list(whole._logs["completion"]) == list(cut._logs["completion"])
     assert len(set(whole._logs["completion"])) > 6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"bf16": True}, {"peft_config": LoraConfig(task_type="CAUSAL_LM", r=4)}],
+    ids=["float32", "autocast", "LoRA"],
+)
+def test_a_training_with_repeated_steps_is_the_same(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    tapes = record_tapes(monkeypatch)
+    changes = {"max_steps": 2, "learning_rate": 1e-3, **changes}
+    expected, _ = train(ours(tiny_model_dir, tmp_path, cuda_graphs=False, **changes))
+    assert tapes == []
+    found, _ = train(ours(tiny_model_dir, tmp_path, **changes))
+    assert sum(tapes) > len(tapes) > 1
+    for key in ("loss", "grad_norm", "completions/mean_length"):
+        assert series(found, key) == pytest.approx(series(expected, key), rel=1e-3)
 
 
 def test_each_generation_draws_other_numbers(tiny_model_dir: Path, tmp_path: Path) -> None:

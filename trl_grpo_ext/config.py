@@ -88,6 +88,14 @@ class ExtensionOptions(
             "no limit on a CPU."
         },
     )
+    cuda_graphs: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether 'shared_prefill' repeats its steps as CUDA graphs, where the model "
+            "can be captured; false launches each kernel from Python, which is slower. No effect "
+            "on a CPU."
+        },
+    )
     shared_prefix: SharedPrefixMode = field(
         default="auto",
         metadata={

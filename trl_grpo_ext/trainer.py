@@ -151,6 +151,7 @@ class ExtGRPOTrainer(ResumeSeams):
             seed=self.args.seed,
             step=step,
             max_live_tokens=self.options.max_live_tokens,
+            fixed_shapes=None if self.options.cuda_graphs else False,
             on_finished=self.completion_finished,
             should_stop=self.should_stop_sampling,
             progress=progress,

@@ -53,10 +53,13 @@ def recipe(url: str, name: str, tmp_path: Path, model: Path, **options: Any) -> 
 def test_sft_uploads_model_and_card_in_private(tiny_model_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with serving() as hub:
-        options = {**SFT, "hub_token": GIVEN_TOKEN, "num_eval_prompts": 1}
+        options = {**SFT, "hub_token": GIVEN_TOKEN, "num_eval_prompts": 1, "hub_revision": "next"}
         run = recipe(hub.url, "sft", tmp_path, tiny_model_dir, **options)
     assert run.returncode == 0, run.stderr
     assert hub.private == {"models/me/out": True}
+    assert [asked.path for asked in hub.asked if "/commit/" in asked.path] == [
+        "/api/models/me/out/commit/next"
+    ]
     files = hub.files["models/me/out"]
     for name in ("model.safetensors", "README.md", "report.md", "chat_template.jinja"):
         assert files[name] == (out / name).read_bytes()

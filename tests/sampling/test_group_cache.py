@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from trl_grpo_ext.attention import route_attention, shared_prefix_inputs
-from trl_grpo_ext.sampling.group_cache import GroupCache
+from trl_grpo_ext.sampling.group_cache import FixedGroupCache, GroupCache
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -44,13 +45,28 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
+def fixed_cache(lengths: list[int], **options: Any) -> FixedGroupCache:
+    return FixedGroupCache(lengths, max_new_tokens=150, **options)
+
+
+both_caches = pytest.mark.parametrize("cache", [GroupCache, fixed_cache], ids=["growing", "fixed"])
+Cache = Callable[..., GroupCache]
+
+
 class Groups:
     """Completions that grow by given tokens, as a sampler drives the cache."""
 
-    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], group_sizes: list[int]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: list[list[int]],
+        group_sizes: list[int],
+        *,
+        cache: Cache = GroupCache,
+    ):
         self.model, self.prompts = model, prompts
         lengths = [len(prompt) for prompt in prompts]
-        self.cache = GroupCache(lengths, group_sizes=group_sizes, device=CPU)
+        self.cache = cache(lengths, group_sizes=group_sizes, device=CPU)
         self.rows = [
             list(prompt)
             for prompt, size in zip(prompts, group_sizes, strict=True)
@@ -123,10 +139,13 @@ PROMPTS = {
 }
 
 
+@both_caches
 @pytest.mark.parametrize("prompts", PROMPTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_group_cache_equals_a_full_forward_pass_at_every_step(name: str, prompts: str) -> None:
-    groups = Groups(build(MODELS[name]), *PROMPTS[prompts])
+def test_group_cache_equals_a_full_forward_pass_at_every_step(
+    name: str, prompts: str, cache: Cache
+) -> None:
+    groups = Groups(build(MODELS[name]), *PROMPTS[prompts], cache=cache)
     sizes = torch.tensor(PROMPTS[prompts][1])
     assert_same(groups.prefill().repeat_interleave(sizes, dim=0), groups.expected())
     check_steps(groups, 3)
@@ -145,9 +164,10 @@ KEPT: dict[str, list[list[int]]] = {  # of groups of 3, 1 and 2: rows 0 1 2, 3, 
 }
 
 
+@both_caches
 @pytest.mark.parametrize("name", KEPT)
-def test_group_cache_goes_on_after_completions_ended(name: str) -> None:
-    groups = Groups(build(MODELS["grouped heads"]), *PROMPTS["partial groups"])
+def test_group_cache_goes_on_after_completions_ended(name: str, cache: Cache) -> None:
+    groups = Groups(build(MODELS["grouped heads"]), *PROMPTS["partial groups"], cache=cache)
     groups.prefill()
     check_steps(groups, 2)
     for rows in KEPT[name]:
@@ -155,15 +175,17 @@ def test_group_cache_goes_on_after_completions_ended(name: str) -> None:
         check_steps(groups, 2)
 
 
-def test_group_cache_forgets_rows_before_the_first_step() -> None:
-    groups = Groups(build(MODELS["grouped heads"]), *PROMPTS["partial groups"])
+@both_caches
+def test_group_cache_forgets_rows_before_the_first_step(cache: Cache) -> None:
+    groups = Groups(build(MODELS["grouped heads"]), *PROMPTS["partial groups"], cache=cache)
     groups.prefill()
     groups.keep([1, 4, 5])
     check_steps(groups, 2)
 
 
-def test_group_cache_grows_beyond_its_blocks() -> None:
-    groups = Groups(build(MODELS["grouped heads"]), *PROMPTS["partial groups"])
+@both_caches
+def test_group_cache_grows_beyond_its_blocks(cache: Cache) -> None:
+    groups = Groups(build(MODELS["grouped heads"]), *PROMPTS["partial groups"], cache=cache)
     groups.prefill()
     checked = {1, 63, 64, 65, 66, 100}
     for step in range(1, 101):
@@ -175,8 +197,9 @@ def test_group_cache_grows_beyond_its_blocks() -> None:
             checked |= {81, 99}
 
 
-def test_group_cache_grows_twice() -> None:
-    groups = Groups(build(MODELS["grouped heads"]), [[1, 2]], [2])
+@both_caches
+def test_group_cache_grows_twice(cache: Cache) -> None:
+    groups = Groups(build(MODELS["grouped heads"]), [[1, 2]], [2], cache=cache)
     groups.prefill()
     for _ in range(126):
         groups.step(next_tokens(groups))
@@ -233,18 +256,45 @@ def test_group_cache_frees_what_ended() -> None:
     assert groups.cache.num_bytes == (1 * 3 + 1 * 64) * TOKEN_BYTES
 
 
-def test_group_cache_is_near_float32_in_bfloat16() -> None:
+@both_caches
+def test_group_cache_is_near_float32_in_bfloat16(cache: Cache) -> None:
     model = build(MODELS["grouped heads"])
     exact = Groups(model, *PROMPTS["partial groups"])
     exact.prefill()
     tokens = next_tokens(exact)
     exact.step(tokens)
     expected_BV = exact.expected().log_softmax(-1)
-    half = Groups(model.bfloat16(), *PROMPTS["partial groups"])
+    half = Groups(model.bfloat16(), *PROMPTS["partial groups"], cache=cache)
     half.prefill()
     found_BV = half.step(tokens)
     assert found_BV.dtype == torch.bfloat16
     assert (found_BV.float().log_softmax(-1) - expected_BV).abs().mean() < 0.05
+
+
+def test_fixed_cache_has_no_room_beyond_the_limit() -> None:
+    def cache(lengths: list[int], **options: Any) -> FixedGroupCache:
+        return FixedGroupCache(lengths, max_new_tokens=70, **options)
+
+    groups = Groups(build(MODELS["grouped heads"]), [[1, 2]], [4], cache=cache)
+    groups.prefill()
+    for _ in range(70):
+        groups.step(next_tokens(groups))
+    assert groups.cache.num_bytes == (2 + 4 * 70) * TOKEN_BYTES
+
+
+def test_fixed_cache_stays_in_its_memory_until_its_version_changes() -> None:
+    groups = Groups(build(MODELS["grouped heads"]), [[1, 2]], [4], cache=fixed_cache)
+    groups.prefill()
+    found: dict[int, set[int]] = {}
+    for length in range(1, 67):
+        groups.step(next_tokens(groups))
+        cache: Any = groups.cache
+        places = {x.data_ptr() for pair in cache._completions.values() for x in pair}
+        found.setdefault(cache.version, places)
+        assert found[cache.version] == places
+        assert cache.version == (length > 64)
+    groups.keep([0])
+    assert groups.cache.version == 2
 
 
 def test_group_cache_picks_the_tokens_of_greedy_generation() -> None:

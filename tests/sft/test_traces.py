@@ -161,6 +161,11 @@ def test_notes_are_taken_out_of_solutions(tmp_path: Path) -> None:
             {"solver": "sums", "opens_think": True},
             "`opens_think` and `chat_template_path` are set",
         ),
+        (
+            {"push_to_hub": True, "hub_strategy": "all_checkpoints"},
+            {"solver": "sums"},
+            "`hub_strategy` is 'all_checkpoints', but",
+        ),
         ({"packing": True, "max_length": None}, {"solver": "sums"}, "`packing` is on"),
     ],
 )

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from trl_grpo_ext.attention import text_config
 from trl_grpo_ext.memory import kv_cache_bytes
+from trl_grpo_ext.sampling.cuda_graphs import capture_problem
 from trl_grpo_ext.sampling.draw import Draw
 from trl_grpo_ext.sampling.prompt_states import prefilled, shares_prompts
 from trl_grpo_ext.sampling.settings import SamplingSettings
@@ -63,6 +64,7 @@ def sample_completions(
     seed: int,
     step: int,
     max_live_tokens: int | None = None,
+    fixed_shapes: bool | None = None,
     on_finished: Callable[[int, Completion], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     progress: bool = False,
@@ -83,6 +85,9 @@ def sample_completions(
         max_live_tokens: Tokens whose keys and values are kept at a time: each prompt once, and
             ``max_new_tokens`` for each completion. What does not fit waits for the next wave. By
             default what fits into the memory of a CUDA device, elsewhere all.
+        fixed_shapes: Whether the steps stay in the same memory, so that CUDA graphs repeat them; by
+            default where those can be captured. Completions that end then leave the batch when they
+            are half of it.
         on_finished: Called with the index of a completion, and with it, as soon as it ends.
         should_stop: Asked between tokens; sampling ends when it says yes.
         progress: Whether to show a bar that counts completions.
@@ -102,6 +107,8 @@ def sample_completions(
     shares = shares_prompts(model, longest=longest)
     cap = _tokens_that_fit(model, settings) if max_live_tokens is None else max_live_tokens
     budget = _Budget(settings.max_new_tokens, cap, shares, strict=max_live_tokens is not None)
+    if fixed_shapes is None:
+        fixed_shapes = capture_problem(model) is None
     finished: dict[int, Completion] = {}
     with (
         _evaluation_mode(model),
@@ -123,6 +130,7 @@ def sample_completions(
                 settings,
                 uniforms_BT=uniforms_BT,
                 shares=shares,
+                fixed_shapes=fixed_shapes,
                 finish=finish,
                 should_stop=should_stop,
             )
@@ -213,13 +221,15 @@ def _sample_wave(
     *,
     uniforms_BT: Tensor,
     shares: bool,
+    fixed_shapes: bool,
     finish: Callable[[int, Completion], None],
     should_stop: Callable[[], bool] | None,
 ) -> None:
     indices = [index for group in groups for index in group.indices]
     prompts = [group.prompt for group in groups]
     sizes = [len(group.indices) for group in groups]
-    state, logits_BV = prefilled(model, prompts, sizes, shares=shares)
+    fixed_tokens = settings.max_new_tokens if fixed_shapes else None
+    state, logits_BV = prefilled(model, prompts, sizes, shares=shares, fixed_tokens=fixed_tokens)
     rows = [prompt for prompt, size in zip(prompts, sizes, strict=True) for _ in range(size)]
     draw = Draw(settings, rows, num_tokens=logits_BV.shape[1], device=logits_BV.device)
     uniforms_TB = uniforms_BT.to(logits_BV.device).T

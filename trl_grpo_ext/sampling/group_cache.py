@@ -112,11 +112,14 @@ class GroupCache:
         scores = self._by_group(query) @ prompt_keys.transpose(2, 3)
         if self._ragged:
             scores = scores.masked_fill(self._hidden_PS[:, None, None], -torch.inf)
-        scores = torch.cat([self._by_row(scores), query @ keys.transpose(2, 3)], dim=-1)
+        scores = torch.cat([self._by_row(scores), self._own_scores(query, keys)], dim=-1)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
         shared = self._by_row(self._by_group(weights[..., :longest]) @ prompt_values)
         own = weights[..., longest:] @ values
         return (shared + own).reshape(num_rows, 1, num_heads, width)
+
+    def _own_scores(self, query: Tensor, keys: Tensor) -> Tensor:
+        return query @ keys.transpose(2, 3)
 
     def _by_group(self, values: Tensor) -> Tensor:
         """``(B, K, heads, *)`` as ``(P, K, members * heads, *)``: a group's rows side by side."""
@@ -142,6 +145,70 @@ class GroupCache:
         self._slot_B = self._group_of_B * len(member) + rows - starts[self._group_of_B]
         self._whole = len(rows) == self._members_PM.numel()
         self._ragged = bool(self._hidden_PS.any())
+
+
+class FixedGroupCache(GroupCache):
+    """The same, for forward passes that a CUDA graph repeats: nothing they read or write moves.
+
+    The completions' part has room for more tokens than there are. The room is hidden from the
+    attention, and the place of a new token stands in a tensor. Until :attr:`version` changes, every
+    forward pass reads and writes the same memory, in the same shapes.
+
+    Args:
+        prompt_lengths: Tokens of each prompt.
+        group_sizes: Completions of each, at least 1.
+        max_new_tokens: Of a completion.
+        device: Where the model runs.
+    """
+
+    def __init__(
+        self,
+        prompt_lengths: Sequence[int],
+        *,
+        group_sizes: Sequence[int],
+        max_new_tokens: int,
+        device: torch.device,
+    ):
+        super().__init__(prompt_lengths, group_sizes=group_sizes, device=device)
+        self.version = 0
+        self._max_new_tokens = max_new_tokens
+        self._place = torch.zeros(1, dtype=torch.long, device=device)  # of the new token
+        self._room_T = torch.ones(min(_BLOCK, max_new_tokens), dtype=torch.bool, device=device)
+
+    def advance(self) -> None:
+        """Count the next token, and make room for it."""
+        super().advance()
+        if self._length > len(self._room_T):
+            self._make_room()
+        if self._length > 0:
+            self._place.fill_(self._length - 1)
+            self._room_T[self._length - 1] = False
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget every completion but ``rows``, in other memory."""
+        super().keep(rows)
+        self.version += 1
+
+    def _make_room(self) -> None:
+        added = min(len(self._room_T), self._max_new_tokens - len(self._room_T))
+        self._room_T = pad(self._room_T, (0, added), value=True)
+        for layer, kept in self._completions.items():
+            keys, values = (pad(x, (0, 0, 0, added)) for x in kept)
+            self._completions[layer] = (keys, values)
+        self.version += 1
+
+    def _appended(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if layer not in self._completions:
+            shape = (*key.shape[:2], len(self._room_T), key.shape[3])
+            # Zeros: what is hidden is multiplied by 0, and might be no number otherwise.
+            self._completions[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+        keys, values = self._completions[layer]
+        keys.index_copy_(2, self._place, key)
+        values.index_copy_(2, self._place, value)
+        return keys, values
+
+    def _own_scores(self, query: Tensor, keys: Tensor) -> Tensor:
+        return super()._own_scores(query, keys).masked_fill(self._room_T, -torch.inf)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

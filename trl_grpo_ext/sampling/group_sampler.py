@@ -82,6 +82,7 @@ def group_sample(
     prompt_indices: Sequence[int] | None = None,
     chat_template_kwargs: Mapping[str, object] | None = None,
     max_live_tokens: int | None = None,
+    fixed_shapes: bool | None = None,
     on_finished: Callable[[int, str, list[int]], None] | None = None,
     progress: bool = False,
 ) -> GroupSamples:
@@ -114,6 +115,8 @@ def group_sample(
         max_live_tokens: Tokens whose keys and values are kept at a time; what does not fit is
             sampled in a later wave. By default what fits into the memory of a CUDA device,
             elsewhere all.
+        fixed_shapes: Whether the steps stay in the same memory, so that CUDA graphs repeat them; by
+            default where those can be captured.
         on_finished: Called with the index, the text and the tokens of each completion as soon as it
             ends, while others are still growing.
         progress: Whether to show a bar that counts completions.
@@ -161,6 +164,7 @@ def group_sample(
         seed=int(torch.randint(2**63 - 1, ())) if seed is None else seed,
         step=step,
         max_live_tokens=max_live_tokens,
+        fixed_shapes=fixed_shapes,
         on_finished=hand_over,
         progress=progress,
     )

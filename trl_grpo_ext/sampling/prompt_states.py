@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from trl_grpo_ext.attention import route_attention, shared_prefix_inputs, shared_prefix_problem
 from trl_grpo_ext.errors import SharedPrefixError
-from trl_grpo_ext.sampling.group_cache import GroupCache
+from trl_grpo_ext.sampling.cuda_graphs import RepeatedPass
+from trl_grpo_ext.sampling.group_cache import FixedGroupCache, GroupCache
 
 logger = logging.get_logger(__name__)
 
@@ -38,22 +39,24 @@ class _SharedPrompts:
     """Keys and values of a prompt are kept once, whatever the size of its group."""
 
     def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], sizes: Sequence[int]
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        sizes: Sequence[int],
+        cache: GroupCache,
     ):
-        self._model, self._prompts = model, prompts
+        self._model, self._prompts, self._cache = model, prompts, cache
         lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
         self._ends_P = lengths_P.cumsum(0) - 1
         self._sizes_P = torch.tensor(sizes, device=model.device)
         self._positions_B = lengths_P.repeat_interleave(self._sizes_P)
-        self._cache = GroupCache(
-            [len(prompt) for prompt in prompts], group_sizes=sizes, device=model.device
-        )
 
     def prefill(self) -> Tensor:
         """All prompts, one after the other in one row."""
         ids = [token for prompt in self._prompts for token in prompt]
         positions = [position for prompt in self._prompts for position in range(len(prompt))]
         device = self._model.device
+        self._cache.advance()
         logits_PV = self._forward(
             torch.tensor([ids], device=device),
             torch.tensor([positions], device=device),
@@ -64,6 +67,7 @@ class _SharedPrompts:
         return logits_PV.repeat_interleave(self._sizes_P, dim=0)
 
     def step(self, tokens_B: Tensor) -> Tensor:
+        self._cache.advance()
         logits_BV = self._forward(tokens_B[:, None], self._positions_B[:, None])[:, 0]
         self._positions_B = self._positions_B + 1
         return logits_BV
@@ -73,10 +77,47 @@ class _SharedPrompts:
         self._positions_B = self._positions_B[rows]
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor, **options: Any) -> Tensor:
-        self._cache.advance()
         inputs = shared_prefix_inputs(input_ids, position_ids, self._cache)
         logits: Tensor = self._model(**inputs, **options).logits
         return logits
+
+
+class _FixedRows(_SharedPrompts):
+    """The same, step after step in the same memory, so that a CUDA graph can repeat the pass.
+
+    Rows that have ended are computed on until they are half of all: each change of shape costs a
+    capture.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        sizes: Sequence[int],
+        cache: FixedGroupCache,
+    ):
+        super().__init__(model, prompts, sizes, cache)
+        self._fixed = cache
+        self._tokens_B = torch.zeros_like(self._positions_B)
+        self._growing = torch.arange(len(self._tokens_B), device=self._tokens_B.device)
+        self._pass = RepeatedPass(model)
+
+    def step(self, tokens_B: Tensor) -> Tensor:
+        self._fixed.advance()
+        self._tokens_B[self._growing] = tokens_B
+        logits_BV = self._pass(self._decode, version=self._fixed.version)
+        self._positions_B += 1
+        return logits_BV[self._growing]
+
+    def keep(self, rows: Tensor) -> None:
+        self._growing = self._growing[rows]
+        if 2 * len(self._growing) <= len(self._tokens_B):
+            super().keep(self._growing)
+            self._tokens_B = self._tokens_B[self._growing]
+            self._growing = torch.arange(len(self._growing), device=rows.device)
+
+    def _decode(self) -> Tensor:
+        return self._forward(self._tokens_B[:, None], self._positions_B[:, None])[:, 0]
 
 
 class _ExpandedPrompts:
@@ -131,6 +172,7 @@ def prefilled(
     sizes: Sequence[int],
     *,
     shares: bool,
+    fixed_tokens: int | None = None,
 ) -> tuple[State, Tensor]:
     """Return the state after the prompts, and the logits ``(B, V)`` of the first tokens.
 
@@ -139,12 +181,15 @@ def prefilled(
         prompts: Token ids of the ``P`` distinct prompts.
         sizes: Completions of each.
         shares: What :func:`shares_prompts` says.
+        fixed_tokens: If given, steps stay in the same memory, for completions of so many tokens at
+            most, and are repeated as CUDA graphs where they can be. Otherwise they are as small as
+            what is growing.
 
     Raises:
         ValueError: the model has no key-value cache.
     """
     if shares:
-        shared = _SharedPrompts(model, prompts, sizes)
+        shared = _shared(model, prompts, sizes, fixed_tokens)
         try:
             return shared, shared.prefill()
         except SharedPrefixError as error:
@@ -153,6 +198,20 @@ def prefilled(
         raise _no_cache(model)
     expanded = _ExpandedPrompts(model, prompts, sizes)
     return expanded, expanded.prefill()
+
+
+def _shared(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sizes: Sequence[int],
+    fixed_tokens: int | None,
+) -> _SharedPrompts:
+    lengths, device = [len(prompt) for prompt in prompts], model.device
+    if fixed_tokens is None:
+        cache = GroupCache(lengths, group_sizes=sizes, device=device)
+        return _SharedPrompts(model, prompts, sizes, cache)
+    fixed = FixedGroupCache(lengths, group_sizes=sizes, max_new_tokens=fixed_tokens, device=device)
+    return _FixedRows(model, prompts, sizes, fixed)
 
 
 def shares_prompts(model: PreTrainedModel, *, longest: int) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
+from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 from trl_grpo_ext.checkpointing import LAST_GOOD
@@ -150,11 +151,21 @@ def _training_problems(
     if config.push_to_hub:
         name = config.hub_model_id or Path(str(config.output_dir)).absolute().name
         yield from repo_problems(name, hub_token=config.hub_token)
+        yield from _push_problems(config)
     checkpoint = config.resume_from_checkpoint
     if checkpoint not in (None, LAST_GOOD) and not Path(str(checkpoint)).is_dir():
         yield (
             f"`resume_from_checkpoint` is {checkpoint!r}, which is not a folder. Name a "
             f"checkpoint-N folder of the run, or {LAST_GOOD} for its newest whole one."
+        )
+
+
+def _push_problems(config: SFTConfig) -> Iterator[str]:
+    strategy = HubStrategy(config.hub_strategy)
+    if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        yield (
+            f"`hub_strategy` is {strategy.value!r}, but recipes/sft.py uploads once, at its end, "
+            "and no checkpoints. Set `hub_strategy: end`."
         )
 
 

@@ -22,10 +22,12 @@ class Push:
     Attributes:
         repo_id: ``OWNER/NAME``, or a name.
         private: Whether the repository is created so.
+        revision: The branch, or the default one.
     """
 
     repo_id: str
     private: bool
+    revision: str | None
 
 
 def take_push(args: SFTConfig) -> Push | None:
@@ -40,7 +42,7 @@ def take_push(args: SFTConfig) -> Push | None:
         os.environ["HF_TOKEN"] = args.hub_token
         args.hub_token = None
     name = args.hub_model_id or Path(str(args.output_dir)).absolute().name
-    return Push(name, private=args.hub_private_repo is not False)
+    return Push(name, private=args.hub_private_repo is not False, revision=args.hub_revision)
 
 
 def push_at_end(trainer: SFTTrainer, *, asked: Push | None, settings: Mapping[str, object]) -> None:
@@ -57,5 +59,11 @@ def push_at_end(trainer: SFTTrainer, *, asked: Push | None, settings: Mapping[st
     trainer.create_model_card(model_name=asked.repo_id)
     facts = fine_tuning_facts(trainer, {**settings, "push_to_hub": True})
     write_card(Path(str(trainer.args.output_dir)), facts)
-    upload = Upload(asked.repo_id, folder=".", private=asked.private, ignore=IGNORED)
+    upload = Upload(
+        asked.repo_id,
+        folder=".",
+        private=asked.private,
+        revision=asked.revision,
+        ignore=IGNORED,
+    )
     trainer.accelerator.print(push_or_tell(str(trainer.args.output_dir), upload))
