@@ -54,6 +54,7 @@ from trl_grpo_ext.reference import (
     build_reference,
     build_streamed_reference,
     calibrate,
+    calibrate_mixed,
     completion_batches,
     distill,
     streamed_layers,
@@ -61,7 +62,8 @@ from trl_grpo_ext.reference import (
 )
 from trl_grpo_ext.reference.build import EmbeddingQuantization
 from trl_grpo_ext.reference.completions import completion_logits
-from trl_grpo_ext.reference.options import Compensation, ReferenceSettings
+from trl_grpo_ext.reference.mixed import bytes_within
+from trl_grpo_ext.reference.options import DEFAULT_RANK, Compensation, ReferenceSettings
 from trl_grpo_ext.reference.quantized import QuantizationType
 
 PACKAGED = "smollm2-135m"
@@ -78,8 +80,10 @@ class Stored:
 
     Attributes:
         quantization: Of the linear layers.
-        compensation: ``"none"``, ``"rounding"`` (error feedback) or ``"low_rank"`` (and factors).
-        rank: Of the factors.
+        compensation: ``"none"``, ``"rounding"`` (error feedback), ``"mixed"`` (and layers in 8
+            bits) or ``"low_rank"`` (and factors).
+        rank: Of the factors; the bytes of such factors are what ``"mixed"`` takes.
+        bits: That ``"mixed"`` takes instead.
         distillation_steps: That the factors are trained for.
         embedding_quantization: Of embedding and LM head.
     """
@@ -89,6 +93,7 @@ class Stored:
     rank: int = 0
     distillation_steps: int = 0
     embedding_quantization: EmbeddingQuantization | None = None
+    bits: float | None = None
 
     @classmethod
     def by_default(cls) -> Stored:
@@ -111,7 +116,9 @@ class Stored:
             embedding_quantization=self.embedding_quantization,
         )
         use_onednn(reference)
-        if self.compensation != "none":
+        if self.compensation == "mixed":
+            calibrate_mixed(reference, policy, batches, bits=self.bits, progress=bars)
+        elif self.compensation != "none":
             calibrate(reference, policy, batches, rank=self.rank, progress=bars)
         if self.distillation_steps:
             distill(reference, policy, batches, num_steps=self.distillation_steps, progress=bars)
@@ -120,14 +127,20 @@ class Stored:
 
 PACKAGE = {
     "nf4": Stored(compensation="none"),
-    "nf4_rank32": Stored(rank=32),
+    "nf4_mixed": Stored(compensation="mixed", rank=DEFAULT_RANK),
     "nf4_rounded": Stored(compensation="rounding"),
     "int8": Stored(quantization="int8", compensation="none"),
+    "nf4_mixed_4.5": Stored(compensation="mixed", bits=4.51),
+    "nf4_mixed_4.9": Stored(compensation="mixed", bits=4.88),
+    "nf4_mixed_7.1": Stored(compensation="mixed", bits=7.09),
+    "nf4_mixed_embeddings8": Stored(
+        compensation="mixed", rank=DEFAULT_RANK, embedding_quantization="int8"
+    ),
     "nf4_rank8": Stored(rank=8),
     "nf4_rank16": Stored(rank=16),
+    "nf4_rank32": Stored(rank=32),
     "nf4_rank64": Stored(rank=64),
     "nf4_rank32_distilled": Stored(rank=32, distillation_steps=60),
-    "nf4_rank32_embeddings8": Stored(rank=32, embedding_quantization="int8"),
     "int8_rounded": Stored(quantization="int8", compensation="rounding"),
     "fp4": Stored(quantization="fp4", compensation="none"),
 }
@@ -462,11 +475,10 @@ class Benchmark:
         }
 
 
-def layer_ratio(width: int, *, rank: int) -> float:
-    """Return the bytes of a square layer with factors over those in bfloat16."""
+def layer_ratio(width: int) -> float:
+    """Return the bytes that square layers take by default, over those in bfloat16."""
     linear = QuantizedLinear(torch.randn(width, width))
-    linear.set_low_rank(torch.randn(rank, width), torch.randn(width, rank))
-    return linear.num_bytes / (2 * linear.num_weights)
+    return bytes_within(linear, None) / (2 * linear.num_weights)
 
 
 def main() -> None:
@@ -497,7 +509,7 @@ def main() -> None:
     result = {
         "kinds": kinds,
         "default": default_arm(),
-        "width_4096_layer_bytes_ratio": layer_ratio(4096, rank=Stored.by_default().rank),
+        "width_4096_layer_bytes_ratio": layer_ratio(4096),
         **benchmark.settings,
         "num_heldout_tokens": benchmark.yardstick.num_tokens,
     }

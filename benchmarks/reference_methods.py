@@ -10,7 +10,7 @@ Shapes: ``O`` output and ``I`` input features, ``N`` tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,22 +19,20 @@ from transformers import PreTrainedModel
 
 from trl_grpo_ext.cpu_linear import product, use_onednn
 from trl_grpo_ext.layerwise import LayerCall, call_each, decoder_layers, run_layerwise
-from trl_grpo_ext.reference import CompletionBatch, QuantizedLinear, build_reference, calibrate
+from trl_grpo_ext.reference import CompletionBatch, QuantizedLinear, build_reference
 from trl_grpo_ext.reference.calibration import (
     _compensate,
     _input_moments,
     _recorded_inputs,
     _rows,
-    _weight,
+    linear_weight,
 )
-from trl_grpo_ext.reference.completions import completion_logits
 from trl_grpo_ext.reference.low_rank import low_rank_factors
 from trl_grpo_ext.reference.rounding import damped
 
 Batches = Sequence[CompletionBatch]
 Method = Callable[[QuantizedLinear, Tensor, Tensor], None]  # layer, weight (O, I), moments (I, I)
 
-FISHER_ROWS = 32  # completions that sensitivities are measured on
 ASYMMETRY_DAMPING = 0.1  # [share of the mean variance]
 
 
@@ -86,7 +84,7 @@ def rotated(policy: PreTrainedModel, batches: Batches, rank: int) -> PreTrainedM
     reference = _built(policy)
     for name, linear in _quantized_linears(reference).items():
         source = policy.get_submodule(name)
-        turned = RotatedLinear(_weight(source), cast("Tensor | None", source.bias))
+        turned = RotatedLinear(linear_weight(source), cast("Tensor | None", source.bias))
         turned.uses_onednn = linear.uses_onednn
         reference.set_submodule(name, turned)
 
@@ -146,7 +144,7 @@ def asymmetric(policy: PreTrainedModel, batches: Batches, rank: int) -> PreTrain
         moments = _moments_of_two(sources[index], calls, own, masks_BW)
         for name, (moments_II, cross_II) in moments.items():
             linear = cast(QuantizedLinear, layer.get_submodule(name))
-            weight_OI = _weight(sources[index].get_submodule(name)).double()
+            weight_OI = linear_weight(sources[index].get_submodule(name)).double()
             inverse_II = torch.linalg.inv(damped(moments_II, ASYMMETRY_DAMPING))
             change_II = (cross_II.double() - moments_II.double()) @ inverse_II
             weight_OI = (weight_OI + weight_OI @ change_II).float()
@@ -184,64 +182,6 @@ def _moments_of_two(
     return {name: (pair[0] / count, pair[1] / count) for name, pair in sums.items()}
 
 
-# Mixed precision ----------------------------------------------------------------------------------
-
-
-def mixed(policy: PreTrainedModel, batches: Batches, rank: int) -> PreTrainedModel:
-    """The most sensitive layers in 8 bits, as many as low rank takes bytes, all of them rounded.
-
-    Sensitivity to second order, by the Fisher information: Kim et al. 2023, SqueezeLLM,
-    arXiv:2306.07629.
-    """
-    reference = _built(policy)
-    calibrate(reference, policy, batches)
-    linears = _quantized_linears(reference)
-    lost = fisher_divergences(policy, linears, batches)
-    budget = sum(2 * rank * (x.in_features + x.out_features) for x in linears.values())
-    reference = _built(policy)
-    for name in sorted(lost, key=lambda name: lost[name] / linears[name].num_weights, reverse=True):
-        source = policy.get_submodule(name)
-        wide = QuantizedLinear(
-            _weight(source), cast("Tensor | None", source.bias), quantization="int8"
-        )
-        extra = wide.num_bytes - linears[name].num_bytes
-        if extra <= budget:
-            budget -= extra
-            reference.set_submodule(name, wide)
-    use_onednn(reference)
-    calibrate(reference, policy, batches)
-    return reference
-
-
-def fisher_divergences(
-    policy: PreTrainedModel, linears: Mapping[str, QuantizedLinear], batches: Batches
-) -> dict[str, float]:
-    r"""Return what each layer's error alone adds to the KL of a completion, nats.
-
-    .. math:: \tfrac12 E_{y \sim \pi} \langle W_q - W, \nabla_W \log \pi(y) \rangle^2
-    """
-    weights = {name: cast(nn.Parameter, policy.get_submodule(name).weight) for name in linears}
-    errors = {
-        name: linear.effective_weight(torch.float32) - weights[name].detach().float()
-        for name, linear in linears.items()
-    }
-    rows = [row for batch in batches for row in _single_rows(batch)]
-    rows = rows[:: -(-len(rows) // FISHER_ROWS)]
-    totals = dict.fromkeys(linears, 0.0)
-    for row in rows:
-        logprobs_TV = completion_logits(policy, row)[0].float().log_softmax(dim=-1)
-        logprob = (logprobs_TV.gather(1, row.labels_BT.T)[:, 0] * row.mask_BT[0]).sum()
-        grads = torch.autograd.grad(logprob, list(weights.values()))
-        for (name, error_OI), grad in zip(errors.items(), grads, strict=True):
-            totals[name] += float((error_OI * grad).sum()) ** 2 / (2 * len(rows))
-    return totals
-
-
-def _single_rows(batch: CompletionBatch) -> Iterator[CompletionBatch]:
-    for ids_W, mask_W in zip(batch.input_ids_BW, batch.attention_mask_BW, strict=True):
-        yield CompletionBatch(ids_W[None], mask_W[None], batch.num_labels)
-
-
 # What the methods share ---------------------------------------------------------------------------
 
 
@@ -261,7 +201,7 @@ def calibrated(
     def run_layer(index: int, layer: nn.Module, calls: Sequence[LayerCall]) -> list[Any]:
         for name, moments_II in _input_moments(sources[index], calls, masks_BW).items():
             linear = cast(QuantizedLinear, layer.get_submodule(name))
-            method(linear, _weight(sources[index].get_submodule(name)), moments_II)
+            method(linear, linear_weight(sources[index].get_submodule(name)), moments_II)
         return call_each(index, layer, calls)
 
     run_layerwise(layers, _passes(reference, batches), run_layer)
@@ -296,5 +236,4 @@ METHODS: dict[str, Callable[[PreTrainedModel, Batches, int], PreTrainedModel]] =
     "one_turn": one_turn,
     "asymmetric": asymmetric,
     "rotated": rotated,
-    "mixed": mixed,
 }

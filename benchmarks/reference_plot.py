@@ -16,16 +16,21 @@ from trl_grpo_ext.report.plots import BLACK, BLUE, GREY, PLOT_STYLE, VERMILION
 # The package's arms from few bits to many, with their labels; then its others.
 LINE = {
     "nf4_rounded": "rounded",
+    "nf4_mixed_4.5": "mixed",
+    "nf4_mixed_4.9": "",
+    "nf4_mixed": "mixed",
+    "nf4_mixed_7.1": "mixed",
+    "int8_rounded": "int8, rounded",
+}
+PLAIN = {"nf4": "plain NF4", "fp4": "plain FP4", "int8": "plain int8"}
+BESIDE = {
     "nf4_rank8": "rank 8",
     "nf4_rank16": "rank 16",
     "nf4_rank32": "rank 32",
     "nf4_rank64": "rank 64",
-    "int8": "int8",
-    "int8_rounded": "int8, rounded",
+    "nf4_rank32_distilled": "distilled",
 }
-PLAIN = {"nf4": "plain NF4", "fp4": "plain FP4"}
-DISTILLED = {"nf4_rank32_distilled": "distilled"}
-NOT_DRAWN = ("resident", "streamed", "nf4_rank32_embeddings8")
+NOT_DRAWN = ("resident", "streamed", "nf4_mixed_embeddings8")
 LABEL_GAP = 1.33  # least ratio of the heights of two labels
 
 
@@ -87,13 +92,13 @@ def draw_others(axes: Axes, kinds: Mapping[str, Any]) -> None:
     heights = spread([kinds[name]["kl_k3"] for name in names])
     for name, height in zip(names, heights, strict=True):
         x, y = position(kinds[name])
-        colour, fill = (BLUE, BLUE) if name in DISTILLED else (VERMILION, "white")
+        colour, fill = (BLUE, BLUE) if name in BESIDE else (VERMILION, "white")
         axes.plot([x + 0.07, x + 0.4], [y, height], color=GREY, linewidth=0.8)
         axes.plot(x, y, "o", color=colour, markerfacecolor=fill)
         axes.text(
             x + 0.43,
             height,
-            DISTILLED.get(name, name),
+            BESIDE.get(name, name),
             color=colour,
             va="center",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},

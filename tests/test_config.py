@@ -107,7 +107,7 @@ def test_config_refuses_a_group_of_one(size: int) -> None:
         ({"reference": "none", "kl_clamp": 1.0}, "but `kl_clamp` is set"),
         (
             {"beta": 0.1, "reference": "quantized", "reference_compensation": "lowrank"},
-            "Use one of: none, rounding, low_rank.",
+            "Use one of: none, rounding, mixed, low_rank.",
         ),
         (
             {"beta": 0.1, "reference": "quantized", "reference_embedding_quantization": "nf4"},

@@ -38,6 +38,7 @@ FLOOR = [
     "reference/gradient_cosine",
 ]
 QUICK = {"reference": "quantized", "reference_rank": 4, "reference_calibration_tokens": 400}
+MIXED = {"reference": "quantized", "reference_bits": 15.0, "reference_calibration_tokens": 400}
 
 
 def vowels(*, completions: list[Any], **_: Any) -> list[float]:
@@ -114,7 +115,7 @@ def test_a_quantized_reference_is_calibrated_and_its_floor_logged_once(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     floors = {}
-    for compensation in ("none", "low_rank"):
+    for compensation in ("none", "low_rank", "mixed"):
         changes = {"reference": "quantized", "reference_compensation": compensation}
         trainer = ext_trainer(tiny_model_dir, tmp_path, **changes)
         history, _ = train(trainer)
@@ -125,14 +126,14 @@ def test_a_quantized_reference_is_calibrated_and_its_floor_logged_once(
         (floors[compensation],) = series(history, "reference/kl_floor")
         # On-policy, the first step's KL is the floor, on other completions.
         assert series(history, "kl")[0] == pytest.approx(floors[compensation], rel=1.0, abs=1e-5)
-    assert floors["low_rank"] < floors["none"] / 20
+    assert max(floors["low_rank"], floors["mixed"]) < floors["none"] / 20
     assert cosine > 0.9
 
 
 def test_a_floor_that_is_too_high_is_a_warning_with_what_to_change(
     tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for compensation, warned in (("none", True), ("low_rank", False)):
+    for compensation, warned in (("none", True), ("low_rank", False), ("mixed", False)):
         caplog.clear()
         changes = {"reference": "quantized", "reference_compensation": compensation}
         ext_trainer(tiny_model_dir, tmp_path, **changes)
@@ -147,10 +148,11 @@ def test_a_floor_that_is_too_high_is_a_warning_with_what_to_change(
         {"reference_embedding_quantization": "int8"},
         {"reference_rank": 4, "reference_distillation_steps": 3},
         {"reference_bits": 7.0, "reference_double_quantization": False},
+        MIXED,
         {"model_init_kwargs": {"dtype": "bfloat16"}, "reference_rank": 4},
         {"bf16": True, "reference_rank": 4},
     ],
-    ids=["int8", "fp4", "embeddings", "distilled", "bits", "bfloat16", "mixed"],
+    ids=["int8", "fp4", "embeddings", "distilled", "few bits", "bits", "bfloat16", "autocast"],
 )
 def test_a_run_trains_against_each_form_of_it(
     tiny_model_dir: Path, tmp_path: Path, changes: dict[str, Any]
@@ -161,9 +163,10 @@ def test_a_run_trains_against_each_form_of_it(
     assert all(math.isfinite(value) for value in series(history, "kl"))
     assert 0 < series(history, "reference/kl_floor_full")[0] < 0.2  # k3 may round to 0 here
     layer = trainer.ref_model.model.layers[0].mlp.up_proj
-    assert layer.has_low_rank == (changes.get("reference_quantization") != "int8")
+    assert layer.has_low_rank == ("reference_rank" in changes)
     if "reference_bits" in changes:
-        assert summarize_reference(trainer.ref_model).bits_per_weight <= 7.0
+        bits = summarize_reference(trainer.ref_model).bits_per_weight
+        assert bits <= changes["reference_bits"]
 
 
 def test_a_mixture_of_experts_has_a_calibrated_reference(
@@ -417,6 +420,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "streamed": {"reference": "streamed"},
     "on disk": {"reference": "streamed", "reference_on_disk": True},
     "quantized": QUICK,
+    "mixed": MIXED,
 }
 
 
@@ -453,7 +457,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
     assert series(log, "loss") == series(history, "loss")
     assert same(resumed.model.state_dict(), weights)
     assert notes(tmp_path) == {"checkpoint-2": key, "checkpoint-4": key}
-    for name in FLOOR if kind == "quantized" else []:
+    for name in FLOOR if kind in ("quantized", "mixed") else []:
         assert series(log, name) == series(history, name)
 
 
@@ -549,7 +553,7 @@ def test_a_quantized_reference_that_moves_is_built_from_the_policy_of_that_step(
 def test_a_run_resumed_after_a_move_has_the_moved_reference(
     kind: str, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    alpha = 1.0 if kind == "quantized" else 0.6
+    alpha = 1.0 if kind in ("quantized", "mixed") else 0.6
     changes = SYNC | {"ref_model_mixup_alpha": alpha, "save_strategy": "steps", "save_steps": 3}
     changes |= KINDS[kind]
     whole = ext_trainer(tiny_model_dir, tmp_path, **changes)

@@ -121,7 +121,10 @@ def plan(
     ] = True,
     reference_rank: Annotated[
         int | None,
-        typer.Option(help="Of the low-rank factors; 32 for 4 bits and 0 for 8 if not given."),
+        typer.Option(
+            help="Of low-rank factors. By default 0 for 8 bits; for 4 bits 32, whose bytes go into "
+            "layers in 8 bits."
+        ),
     ] = None,
     reference_embedding_bits: Annotated[
         int, typer.Option(help="8, or 16 for those of the policy.")

@@ -133,12 +133,13 @@ def _waiting_layers(layers: Sequence[nn.Module]) -> Iterator[None]:
     hub = getcurrent()
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
-            stack.callback(_restore_forward, layer, vars(layer).get("forward"))
+            stack.callback(restore_forward, layer, vars(layer).get("forward"))
             layer.forward = _waiting(layer.forward, index, hub)
         yield
 
 
-def _restore_forward(layer: nn.Module, original: Callable[..., Any] | None) -> None:
+def restore_forward(layer: nn.Module, original: Callable[..., Any] | None) -> None:
+    """Undo an assignment to ``layer.forward``; ``original`` is what the layer itself had there."""
     if original is None:
         del layer.forward
     else:

@@ -23,12 +23,16 @@ from trl_grpo_ext.reference import (
 )
 from trl_grpo_ext.reference.fidelity import ReferenceFidelity
 from trl_grpo_ext.reference.keeper import ReferenceKeeper
+from trl_grpo_ext.reference.mixed import quantized_linears
 from trl_grpo_ext.reference.options import ReferenceSettings
 from trl_grpo_ext.reference.sampling import CalibrationData
 from trl_grpo_ext.reference.store import ReferenceStore
 
 IDS = torch.arange(4, 24).view(2, 10)
-QUICK = ReferenceSettings(rank=2)
+QUICK = ReferenceSettings(compensation="low_rank", rank=2)
+
+
+MIXED = ReferenceSettings(bits=15.0)  # tiny layers take 11 in 4 bits and 21 in 8: tables count
 
 
 def policy(seed: int = 0) -> Any:
@@ -76,8 +80,10 @@ def floor(settings: ReferenceSettings) -> float:
 def test_each_compensation_lowers_the_floor() -> None:
     plain = floor(ReferenceSettings(compensation="none"))
     rounding = floor(ReferenceSettings(compensation="rounding"))
-    low_rank = floor(ReferenceSettings(rank=4))
+    mixed = floor(MIXED)
+    low_rank = floor(replace(QUICK, rank=4))
     assert plain > rounding > low_rank > 0
+    assert rounding > mixed > 0
     assert floor(ReferenceSettings(quantization="int8", compensation="rounding")) < plain / 20
 
 
@@ -87,7 +93,7 @@ def test_distillation_lowers_the_floor_further() -> None:
 
 
 def test_the_default_rank_is_32_or_what_a_layer_has() -> None:
-    reference = keeper(settings=ReferenceSettings()).build(policy())
+    reference = keeper(settings=ReferenceSettings(compensation="low_rank")).build(policy())
     ranks = {len(m.factor_in) for m in reference.modules() if isinstance(m, QuantizedLinear)}
     assert ranks == {16, 32}  # key and value projections have 16 rows
 
@@ -95,7 +101,7 @@ def test_the_default_rank_is_32_or_what_a_layer_has() -> None:
 @pytest.mark.parametrize("bits", [6.0, 8.0])
 def test_bits_are_a_budget(bits: float) -> None:
     # Without double quantization a layer of 16 x 32 weights takes 5.5 bits a weight: tables count.
-    settings = ReferenceSettings(bits=bits, double_quantization=False)
+    settings = ReferenceSettings(compensation="low_rank", bits=bits, double_quantization=False)
     reference = keeper(settings=settings).build(policy())
     layers = [m for m in reference.modules() if isinstance(m, QuantizedLinear)]
     assert all(8 * layer.num_bytes / layer.num_weights <= bits for layer in layers)
@@ -107,7 +113,7 @@ def test_bits_are_a_budget(bits: float) -> None:
 
 
 def test_a_rank_larger_than_a_layer_is_refused_before_anything_is_sampled() -> None:
-    wide = keeper(settings=ReferenceSettings(rank=17), sample=never)
+    wide = keeper(settings=replace(QUICK, rank=17), sample=never)
     with pytest.raises(ReferenceModelError, match="Set `reference_rank` to at most 16"):
         wide.build(policy())
 
@@ -156,8 +162,7 @@ def test_a_floor_above_its_share_of_the_target_is_a_warning(
         f"The reference shows a KL of {found:.2g} nats a token where the truth is 0, above 0.5 of "
         "the KL expected of the run (`reference_kl_target`=0.01), so a part of the penalty pulls "
         "towards rounding errors. Use `reference: streamed` or `resident` (exact), "
-        "`reference_quantization: int8`, `reference_compensation: low_rank` with a larger "
-        "`reference_rank`, or `reference_distillation_steps: 60`; or raise `reference_kl_target` "
+        "`reference_quantization: int8`, or more `reference_bits`; or raise `reference_kl_target` "
         "if the run's `kl` will be larger."
     ]
 
@@ -246,6 +251,7 @@ KINDS: dict[str, ReferenceSettings] = {
     "streamed": ReferenceSettings(kind="streamed"),
     "on disk": ReferenceSettings(kind="streamed", on_disk=True),
     "quantized": QUICK,
+    "mixed": MIXED,
 }
 
 
@@ -381,11 +387,25 @@ def test_a_quantized_reference_that_moves_is_built_from_the_policy(tmp_path: Pat
     assert kept.store.manifest(kept.key) is not None
 
 
+def test_a_mixed_reference_that_moves_keeps_which_layers_have_8_bits(tmp_path: Path) -> None:
+    kept = keeper(tmp_path, settings=MIXED)
+    reference = kept.build(policy())
+    chosen = list(kept.wide or [])
+    assert 0 < len(chosen) < len(quantized_linears(reference))
+    other = keeper(settings=MIXED)
+    other.build(policy(seed=1))
+    assert sorted(other.wide or []) != sorted(chosen)
+    kept.sync(reference, policy(seed=1), alpha=1.0)
+    assert kept.wide == chosen
+    expected = keeper(settings=MIXED, wide=chosen).build(policy(seed=1))
+    assert torch.equal(logits(reference), logits(expected))
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_checkpoints_before_and_after_a_move_have_their_own_reference(
     kind: str, tmp_path: Path
 ) -> None:
-    alpha = 1.0 if kind == "quantized" else 0.6
+    alpha = 1.0 if kind in ("quantized", "mixed") else 0.6
     kept = keeper(tmp_path, settings=KINDS[kind])
     reference = kept.build(policy())
     expected = []

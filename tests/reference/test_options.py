@@ -26,7 +26,7 @@ def test_settings_are_four_calibrated_bits_when_nothing_is_set() -> None:
         quantization="nf4",
         block_size=64,
         double_quantization=True,
-        compensation="low_rank",
+        compensation="mixed",
         calibration_tokens=16384,
         distillation_steps=0,
     )
@@ -51,7 +51,7 @@ def test_settings_take_over_what_is_set_also_where_it_is_false_or_zero() -> None
     [
         ("int8", None, "rounding"),
         ("int8", "low_rank", "low_rank"),
-        ("fp4", None, "low_rank"),
+        ("fp4", None, "mixed"),
         ("nf4", "none", "none"),
     ],
 )
@@ -60,6 +60,12 @@ def test_settings_compensate_eight_bits_by_rounding_alone_unless_told(
 ) -> None:
     options = ReferenceOptions(reference_quantization=quantization, reference_compensation=given)
     assert ReferenceSettings.of(options, kind="quantized").compensation == expected
+
+
+@pytest.mark.parametrize("name", ["reference_rank", "reference_distillation_steps"])
+def test_what_needs_factors_asks_for_them(name: str) -> None:
+    settings = ReferenceSettings.of(ReferenceOptions(**{name: 4}), kind="quantized")
+    assert settings.compensation == "low_rank"
 
 
 @pytest.mark.parametrize("changes", [{"kl_target": 0.1}, {"max_floor": 0.9}, {"on_disk": True}])
@@ -98,8 +104,16 @@ def test_identity_names_what_changes_the_weights_and_of_an_exact_reference_the_k
             "low-rank factors. Set `reference_compensation: low_rank`, or remove `reference_rank`.",
         ),
         (
-            {"reference_distillation_steps": 5, "reference_quantization": "int8"},
-            "`reference_distillation_steps` is set, but `reference_compensation` is 'rounding'",
+            {"reference_distillation_steps": 5, "reference_compensation": "mixed"},
+            "`reference_distillation_steps` is set, but `reference_compensation` is 'mixed'",
+        ),
+        (
+            {"reference_bits": 5, "reference_compensation": "rounding"},
+            "whose weights all take the same. Set `reference_compensation: mixed` (4-bit types)",
+        ),
+        (
+            {"reference_compensation": "mixed", "reference_quantization": "int8"},
+            "so that all layers have 8 bits already.",
         ),
         ({"reference_rank": 8, "reference_bits": 5.0}, "Keep one of them."),
         (
@@ -130,6 +144,9 @@ def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> N
         {"reference": "auto", "zero": 3},
         {"reference_quantization": "int8", "reference_compensation": "low_rank"},
         {"reference_bits": 4.6},
+        {"reference_bits": 4.6, "reference_compensation": "low_rank"},
+        {"reference_rank": 8},
+        {"reference_distillation_steps": 8},
     ],
 )
 def test_what_can_work_is_not_refused(options: dict[str, Any]) -> None:

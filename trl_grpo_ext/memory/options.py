@@ -8,7 +8,13 @@ from typing import Any, get_args
 
 from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.memory.models import num_parameters
-from trl_grpo_ext.memory.reference import BLOCK_SIZES, Quantization, ReferenceFormat, ReferenceKind
+from trl_grpo_ext.memory.reference import (
+    BLOCK_SIZES,
+    Quantization,
+    ReferenceFormat,
+    ReferenceKind,
+    usual_rank,
+)
 from trl_grpo_ext.memory.settings import Dtype, Optimizer, RunSettings, Sharding
 
 _VALUES: dict[str, tuple[Any, ...]] = {
@@ -20,11 +26,6 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "reference_block_size": BLOCK_SIZES,
     "reference_embedding_bits": (8, 16),
 }
-
-
-def _usual_rank(quantization: str) -> int:
-    """What `ExtGRPOConfig` takes without `reference_rank`."""
-    return 0 if quantization == "int8" else 32
 
 
 def settings_of(
@@ -83,7 +84,7 @@ def settings_of(
             quantization=reference_quantization,  # type: ignore[arg-type]  # one of _VALUES
             block_size=reference_block_size,
             double_quantization=reference_double_quantization,
-            rank=_usual_rank(reference_quantization) if reference_rank is None else reference_rank,
+            rank=usual_rank(reference_quantization) if reference_rank is None else reference_rank,
             embedding_bits=8 if reference_embedding_bits == 8 else None,
         ),
         reward_parameters=_reward_parameters(reward, policy=model),

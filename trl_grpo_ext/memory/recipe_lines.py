@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from trl_grpo_ext.memory.models import hub_name
-from trl_grpo_ext.memory.reference import ReferenceFormat
+from trl_grpo_ext.memory.reference import ReferenceFormat, usual_rank
 from trl_grpo_ext.memory.settings import RunSettings
 
 BETA = 0.02  # weight of the KL in the recipes
@@ -74,11 +74,10 @@ def _reference_options(settings: RunSettings) -> dict[str, Any]:
         options["reference_block_size"] = storage.block_size
     if not storage.double_quantization:
         options["reference_double_quantization"] = False
-    compensation = "low_rank" if storage.rank else "rounding"
-    if compensation != ("rounding" if storage.quantization == "int8" else "low_rank"):
-        options["reference_compensation"] = compensation
-    if storage.rank:
-        options["reference_rank"] = storage.rank
+    if storage.rank != usual_rank(storage.quantization):
+        options["reference_compensation"] = "low_rank" if storage.rank else "rounding"
+        if storage.rank:
+            options["reference_rank"] = storage.rank
     if storage.embedding_bits:
         options["reference_embedding_quantization"] = "int8"
     return options

@@ -26,7 +26,8 @@ class ReferenceFormat:
         quantization: ``"nf4"`` or ``"fp4"`` (4 bits a weight), or ``"int8"``.
         block_size: Weights that share a scale.
         double_quantization: Whether scales are stored in 8 bits, not in float32.
-        rank: Of the factors in 16 bits beside each quantized matrix; 0 for none.
+        rank: Of the factors in 16 bits beside each quantized matrix; 0 for none. Layers in 8 bits
+            may take these bytes instead.
         embedding_bits: 8, or ``None`` for embedding and head in the policy's dtype.
     """
 
@@ -40,6 +41,11 @@ class ReferenceFormat:
     def num_bits(self) -> int:
         """Bits of one weight, without its share of a scale."""
         return 8 if self.quantization == "int8" else 4
+
+
+def usual_rank(quantization: str) -> int:
+    """Return the rank whose bytes the defaults of ``ExtGRPOConfig`` take, as layers in 8 bits."""
+    return 0 if quantization == "int8" else 32
 
 
 class ReferenceBytes(NamedTuple):

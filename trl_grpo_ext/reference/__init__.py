@@ -8,6 +8,7 @@ from trl_grpo_ext.reference.embeddings import QuantizedEmbedding, QuantizedHead
 from trl_grpo_ext.reference.experts import QuantizedExperts
 from trl_grpo_ext.reference.fidelity import KLPenalty, ReferenceFidelity, measure_fidelity
 from trl_grpo_ext.reference.layer_stream import streamed_layers
+from trl_grpo_ext.reference.mixed import calibrate_mixed
 from trl_grpo_ext.reference.quantized import QuantizedLinear
 from trl_grpo_ext.reference.streamed import build_streamed_reference, mix_streamed
 
@@ -23,6 +24,7 @@ __all__ = [
     "build_reference",
     "build_streamed_reference",
     "calibrate",
+    "calibrate_mixed",
     "completion_batches",
     "distill",
     "measure_fidelity",

@@ -139,7 +139,7 @@ def _compensate_layer(
     for name, covariance_II in moments.items():
         linear = layer.get_submodule(name)
         if isinstance(linear, QuantizedLinear):
-            _compensate(linear, _weight(source.get_submodule(name)), covariance_II, rank=rank)
+            _compensate(linear, linear_weight(source.get_submodule(name)), covariance_II, rank=rank)
     for name, recorded in routing.items():
         tokens = real_tokens(recorded, masks_BW)
         _compensate_experts(
@@ -249,7 +249,8 @@ def _rows(inputs: Tensor, mask_BW: Tensor) -> Tensor:
     return rows_NI.float()
 
 
-def _weight(module: nn.Module) -> Tensor:
+def linear_weight(module: nn.Module) -> Tensor:
+    """Return the weight of a linear layer or of GPT-2's ``Conv1D``, ``(O, I)``."""
     weight = cast(Tensor, module.weight)
     return weight.T if isinstance(module, Conv1D) else weight
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from trl_grpo_ext.reference.calibration import (
     rank_up_to,
     rank_within,
 )
+from trl_grpo_ext.reference.completions import CompletionBatch
 from trl_grpo_ext.reference.distillation import distill
 from trl_grpo_ext.reference.fidelity import KLPenalty, ReferenceFidelity, measure_fidelity
 from trl_grpo_ext.reference.frozen import check_policy
 from trl_grpo_ext.reference.layer_stream import named_tensors, streamed_layers
+from trl_grpo_ext.reference.mixed import calibrate_mixed, widen
 from trl_grpo_ext.reference.options import DEFAULT_RANK, ReferenceSettings
 from trl_grpo_ext.reference.sampling import CalibrationData
 from trl_grpo_ext.reference.store import (
@@ -38,6 +40,8 @@ from trl_grpo_ext.reference.store import (
 from trl_grpo_ext.reference.streamed import build_streamed_reference, mix_streamed
 
 logger = logging.get_logger(__name__)
+
+Batches = Sequence[CompletionBatch]
 
 _FEW = 0.5  # of the tokens asked for
 
@@ -57,6 +61,8 @@ class ReferenceKeeper:
         key: Of the reference in its store; empty without one.
         initial_key: Of the reference that was built first; that is kept until the run ends.
         fidelity: Of a quantized reference, measured when it was built.
+        wide: Names of the layers in 8 bits of a ``mixed`` one, once they are chosen: a reference
+            that is built anew has the same.
     """
 
     settings: ReferenceSettings
@@ -68,6 +74,7 @@ class ReferenceKeeper:
     key: str = ""
     initial_key: str = ""
     fidelity: ReferenceFidelity | None = None
+    wide: list[str] | None = None
 
     def build(self, policy: PreTrainedModel) -> PreTrainedModel:
         """Return the reference of this policy: a saved one if it was built before.
@@ -130,13 +137,7 @@ class ReferenceKeeper:
         data = self.sample(policy)
         if settings.compensation != "none":
             self._tell_few_tokens(data)
-            calibrate(
-                reference,
-                policy,
-                data.calibration,
-                rank=self._rank(),
-                progress=self.progress,
-            )
+            self._compensate(reference, policy, data.calibration)
         if settings.distillation_steps:
             distill(
                 reference,
@@ -149,6 +150,17 @@ class ReferenceKeeper:
         self.fidelity = measure_fidelity(
             policy, reference, data.held_out, penalty=self.penalty, kl_target=settings.kl_target
         )
+
+    def _compensate(
+        self, reference: PreTrainedModel, policy: PreTrainedModel, batches: Batches
+    ) -> None:
+        if self.settings.compensation == "mixed" and self.wide is None:
+            self.wide = calibrate_mixed(
+                reference, policy, batches, bits=self.settings.bits, progress=self.progress
+            )
+            return
+        widen(reference, self.wide or [], narrow=self.settings.quantization, policy=policy)
+        calibrate(reference, policy, batches, rank=self._rank(), progress=self.progress)
 
     def _tell_few_tokens(self, data: CalibrationData) -> None:
         found = sum(int(batch.attention_mask_BW.sum()) for batch in data.calibration)
@@ -180,8 +192,7 @@ class ReferenceKeeper:
                 f"truth is 0, above {self.settings.max_floor:g} of the KL expected of the run "
                 f"(`reference_kl_target`={self.settings.kl_target:g}), so a part of the penalty "
                 "pulls towards rounding errors. Use `reference: streamed` or `resident` (exact), "
-                "`reference_quantization: int8`, `reference_compensation: low_rank` with a larger "
-                "`reference_rank`, or `reference_distillation_steps: 60`; or raise "
+                "`reference_quantization: int8`, or more `reference_bits`; or raise "
                 "`reference_kl_target` if the run's `kl` will be larger."
             )
 
@@ -222,8 +233,11 @@ class ReferenceKeeper:
         self.key = noted
 
     def _restore(self, store: ReferenceStore, key: str, reference: PreTrainedModel) -> None:
+        manifest = store.manifest(key) or {}
+        self.wide = manifest.get("wide")
+        widen(reference, self.wide or [], narrow=self.settings.quantization)
         store.restore(key, reference, mapped=self.settings.on_disk)
-        fidelity = (store.manifest(key) or {}).get("fidelity")
+        fidelity = manifest.get("fidelity")
         self.fidelity = None if fidelity is None else ReferenceFidelity(**fidelity)
         logger.info(f"reference: loaded from {store.folder(key)}")
 
@@ -237,7 +251,7 @@ class ReferenceKeeper:
             for name, value in self.settings.identity.items()
         }
         fidelity = None if self.fidelity is None else asdict(self.fidelity)
-        return {"settings": settings, "fidelity": fidelity}
+        return {"settings": settings, "fidelity": fidelity, "wide": self.wide}
 
     # Moved by `sync_ref_model` --------------------------------------------------------------------
 
@@ -250,7 +264,9 @@ class ReferenceKeeper:
             alpha: 1 makes the reference the policy of this moment.
         """
         if self.settings.kind == "quantized":
-            replace_weights(reference, dict(named_tensors(self.build(policy))))
+            built = self.build(policy)
+            widen(reference, self.wide or [], narrow=self.settings.quantization)
+            replace_weights(reference, dict(named_tensors(built)))
             return
         if self.settings.kind == "streamed":
             mix_streamed(reference, policy, alpha=alpha)

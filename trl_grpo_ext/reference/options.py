@@ -11,10 +11,10 @@ from trl_grpo_ext.reference.build import EmbeddingQuantization
 from trl_grpo_ext.reference.quantized import QuantizationType
 
 ReferenceKind = Literal["auto", "none", "adapter", "resident", "streamed", "quantized"]
-Compensation = Literal["none", "rounding", "low_rank"]
+Compensation = Literal["none", "rounding", "mixed", "low_rank"]
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
-DEFAULT_RANK = 32
+DEFAULT_RANK = 32  # whose bytes are also what `mixed` takes
 DEFAULT_CALIBRATION_TOKENS = 16384
 
 
@@ -68,19 +68,25 @@ class ReferenceOptions:
         metadata={
             "help": "What makes up for the rounding of the quantized reference: 'none' (rounding "
             "to nearest), 'rounding' (errors of a weight are made up for in the next ones; takes "
-            "no memory), or 'low_rank' (that, and low-rank factors in 16 bits beside each weight; "
-            "the default for 4 bits, 'rounding' for 8)."
+            "no memory; the default for 8 bits), 'mixed' (that, and the layers that the policy is "
+            "most sensitive to are stored in 8 bits; the default for 4), or 'low_rank' (rounding, "
+            "and low-rank factors in 16 bits beside each weight)."
         },
     )
     reference_rank: int | None = field(
         default=None,
-        metadata={"help": f"Rank of the low-rank factors; {DEFAULT_RANK} by default."},
+        metadata={
+            "help": "Rank of the factors of 'low_rank', which it asks for; "
+            f"{DEFAULT_RANK} by default."
+        },
     )
     reference_bits: float | None = field(
         default=None,
         metadata={
-            "help": "Instead of the rank: bits that a quantized weight may take with its scales "
-            "and factors, such as 4.6."
+            "help": "Bits that a quantized weight may take with its scales, such as 4.6: in the "
+            "mean of all layers ('mixed'), or in each with its factors ('low_rank', instead of a "
+            "rank). By default 'mixed' takes as many as factors of rank "
+            f"{DEFAULT_RANK} would: 4.4 at width 4096, 5.6 at width 576."
         },
     )
     reference_calibration_tokens: int | None = field(
@@ -130,7 +136,7 @@ class ReferenceSettings:
     double_quantization: bool = True
     embedding_quantization: EmbeddingQuantization | None = None
     keep_modules: tuple[str, ...] = ()
-    compensation: Compensation = "low_rank"
+    compensation: Compensation = "mixed"
     rank: int | None = None
     bits: float | None = None
     calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS
@@ -150,6 +156,8 @@ class ReferenceSettings:
         }
         if "keep_modules" in given:
             given["keep_modules"] = tuple(given["keep_modules"])
+        if given.get("rank") or given.get("distillation_steps"):
+            given.setdefault("compensation", "low_rank")
         if given.get("quantization") == "int8":
             given.setdefault("compensation", "rounding")
         return cls(kind=kind, **given)
@@ -162,12 +170,12 @@ class ReferenceSettings:
             >>> ReferenceSettings().storage.rank
             32
         """
-        low_rank = self.compensation == "low_rank"
+        takes_more = self.compensation in ("mixed", "low_rank")
         return ReferenceFormat(
             quantization=self.quantization,
             block_size=self.block_size,
             double_quantization=self.double_quantization,
-            rank=(DEFAULT_RANK if self.rank is None else self.rank) if low_rank else 0,
+            rank=(DEFAULT_RANK if self.rank is None else self.rank) if takes_more else 0,
             embedding_bits=None if self.embedding_quantization is None else 8,
         )
 
@@ -235,14 +243,26 @@ def _number_problems(options: ReferenceOptions) -> Iterator[str]:
 
 def _compensation_problems(options: ReferenceOptions) -> Iterator[str]:
     settings = ReferenceSettings.of(options, kind="quantized")
-    low_rank = settings.compensation == "low_rank"
-    for name in ("reference_rank", "reference_bits", "reference_distillation_steps"):
-        if getattr(options, name) and not low_rank:
+    compensation = settings.compensation
+    for name in ("reference_rank", "reference_distillation_steps"):
+        if getattr(options, name) and compensation != "low_rank":
             yield (
-                f"`{name}` is set, but `reference_compensation` is {settings.compensation!r}, "
+                f"`{name}` is set, but `reference_compensation` is {compensation!r}, "
                 "which has no low-rank factors. Set `reference_compensation: low_rank`, or remove "
                 f"`{name}`."
             )
+    if options.reference_bits and compensation not in ("mixed", "low_rank"):
+        yield (
+            f"`reference_bits` is set, but `reference_compensation` is {compensation!r}, whose "
+            "weights all take the same. Set `reference_compensation: mixed` (4-bit types) or "
+            "`low_rank`, or remove `reference_bits`."
+        )
+    if compensation == "mixed" and settings.quantization == "int8":
+        yield (
+            "`reference_compensation` is 'mixed', but `reference_quantization` is 'int8', so that "
+            "all layers have 8 bits already. Set `reference_compensation: rounding`, or "
+            "`reference_quantization: nf4`."
+        )
     if options.reference_rank is not None and options.reference_bits is not None:
         yield (
             "`reference_rank` and `reference_bits` are both set, and each says how large the "
