@@ -131,9 +131,12 @@ def problems(
 
 def check(recipe: Recipe) -> str:
     """Return what ``--dry_run`` prints."""
-    rows, options = load_task(recipe.task).train, recipe.options
-    missing = missing_prompts(options.output_dir, prompt_ids(rows))
-    sampler = choose_sampler(options, model=str(recipe.model.model_name_or_path))
+    rows, options, model = load_task(recipe.task).train, recipe.options, recipe.model
+    name, rewards = str(model.model_name_or_path), recipe.task.rewards
+    sampler = choose_sampler(options, model=name)
+    made = made_with(options, model=model, weights=name, rewards=rewards, sampler=sampler.name)
+    unknown = () if Path(name).is_dir() else ("weights",)  # it is not prepared yet
+    missing = missing_prompts(options.output_dir, prompt_ids(rows), made, unknown=unknown)
     return (
         f"prompts: {rows.num_rows} x {options.num_generations} replies of at most "
         f"{options.max_completion_length} tokens; {rows.num_rows - len(missing)} prompts are "

@@ -17,6 +17,7 @@ import yaml
 from datasets import Dataset
 
 from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.rejection.shards import MADE_WITH
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "rejection_sampling.py"
@@ -249,6 +250,16 @@ def test_dry_run_shows_the_task_and_writes_nothing(write: Any, tmp_path: Path) -
     assert done.returncode == 0, done.stderr[-2000:]
     assert "prompts: 9 x 6 replies of at most 8 tokens; 0 prompts are sampled" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_refuses_candidates_of_other_settings(write: Any, tmp_path: Path) -> None:
+    candidates = tmp_path / "out" / "candidates"
+    candidates.mkdir(parents=True)
+    (candidates / MADE_WITH).write_text('{"seed": 5}')
+    done = run([*write(), "--dry_run"], tmp_path)
+    assert done.returncode == 1
+    assert "were made with other settings (" in done.stderr
+    assert "seed: 5, now 0" in done.stderr
 
 
 @pytest.mark.parametrize("path", [YAML], ids=["quickstart"])

@@ -12,12 +12,22 @@ import pytest
 from datasets import Dataset
 from rejection.made import candidate, group
 
-from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.errors import CheckpointError, ConfigurationError
 from trl_grpo_ext.rejection.candidates import Group
-from trl_grpo_ext.rejection.collect import batches_to_do, collect_candidates, missing_prompts
+from trl_grpo_ext.rejection.collect import (
+    batches_to_do,
+    candidates_folder,
+    collect_candidates,
+    missing_prompts,
+)
 from trl_grpo_ext.rejection.options import RejectionArguments
 from trl_grpo_ext.rejection.provenance import prompt_ids
-from trl_grpo_ext.rejection.shards import located_prompts, read_group
+from trl_grpo_ext.rejection.shards import (
+    ShardWriter,
+    located_prompts,
+    read_group,
+    read_made_with,
+)
 
 ROWS = Dataset.from_dict({"prompt": [f"{n} + 1 =" for n in range(7)]})
 IDS = prompt_ids(ROWS)
@@ -36,7 +46,7 @@ def collect(
 ) -> list[list[int]]:
     """Run processes, as threads, each killed after some batches; return what was sampled."""
     options = RejectionArguments(output_dir=str(folder), prompts_per_batch=size)
-    barrier = threading.Barrier(processes)
+    barriers = [threading.Barrier(processes), threading.Barrier(processes)]  # start, end
     sampled: list[list[int]] = []
 
     def sampler() -> Callable[[Sequence[int]], list[Group]]:
@@ -52,16 +62,17 @@ def collect(
         return sample
 
     def work(rank: int) -> None:
+        waits = iter(barriers)
         state: Any = SimpleNamespace(
             process_index=rank,
             num_processes=processes,
             is_main_process=rank == 0,
-            wait_for_everyone=barrier.wait,
+            wait_for_everyone=lambda: next(waits).wait(),
         )
         try:
             collect_candidates(ROWS, options=options, made_with={}, make=sampler, state=state)
         except Killed:
-            barrier.abort()
+            barriers[1].abort()
         except threading.BrokenBarrierError:
             pass
 
@@ -141,10 +152,36 @@ def test_summary_of_an_earlier_run_is_gone_while_candidates_are_sampled(tmp_path
 
 def test_candidates_of_other_prompts_are_refused_and_of_fewer_are_used(tmp_path: Path) -> None:
     collect(tmp_path)
-    assert missing_prompts(tmp_path, [*IDS, "new"]) == {7}
-    assert missing_prompts(tmp_path, IDS[:3]) == set()
+    made_with = read_made_with(candidates_folder(tmp_path))
+    assert missing_prompts(tmp_path, [*IDS, "new"], made_with) == {7}
+    assert missing_prompts(tmp_path, IDS[:3], made_with) == set()
     with pytest.raises(ConfigurationError, match=r"answer other prompts .*\(1 of 7\)"):
-        missing_prompts(tmp_path, [*IDS[:6], "changed"])
+        missing_prompts(tmp_path, [*IDS[:6], "changed"], made_with)
+
+
+def test_another_run_is_refused_until_all_processes_are_done(tmp_path: Path) -> None:
+    locked: list[bool] = []
+
+    def wait() -> None:  # the others are still sampling
+        with pytest.raises(CheckpointError, match="another run"):
+            ShardWriter(candidates_folder(tmp_path) / "00000.jsonl")
+        locked.append(True)
+
+    waits = iter([lambda: None, wait])
+    state: Any = SimpleNamespace(
+        process_index=0,
+        num_processes=2,
+        is_main_process=True,
+        wait_for_everyone=lambda: next(waits)(),
+    )
+    collect_candidates(
+        ROWS,
+        options=RejectionArguments(output_dir=str(tmp_path), prompts_per_batch=2),
+        made_with={},
+        make=lambda: lambda indices: [made(index) for index in indices],
+        state=state,
+    )
+    assert locked
 
 
 def test_batches_are_cut_the_same_whatever_is_missing() -> None:

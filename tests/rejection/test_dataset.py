@@ -20,6 +20,7 @@ from trl_grpo_ext.rejection.dataset import (
 from trl_grpo_ext.rejection.options import RejectionArguments
 from trl_grpo_ext.rejection.shards import ShardWriter
 from trl_grpo_ext.rejection.tally import Tally
+from trl_grpo_ext.rewards.score_rows import read_rows
 
 WEIGHTS = {"math": 1.0, "style": 0.5}
 
@@ -59,6 +60,30 @@ def select(folder: Path, *groups: Group, **changes: Any) -> Tally:
 def rows(folder: Path, tmp_path: Path) -> Dataset:
     path = str(folder / "dataset")
     return load_dataset(path, split="train", cache_dir=str(tmp_path / "cache"))
+
+
+def test_texts_are_kept_as_they_are_whatever_they_look_like(tmp_path: Path) -> None:
+    texts = ["2024-01-05", "2024-01-05T10:00:00Z", "1e5", "null", "true"]
+    groups = [group(candidate(0, text), prompt_index=i) for i, text in enumerate(texts)]
+    select(tmp_path / "run[1]", *groups)
+    found = read_rows(tmp_path / "run[1]" / "dataset" / "train.parquet")
+    assert [row["completion"][0]["content"] for row in found] == texts
+
+
+def test_the_old_dataset_stays_until_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    select(tmp_path, *GROUPS)
+    path = tmp_path / "dataset" / "train.parquet"
+    before = path.read_bytes()
+    monkeypatch.setattr(Path, "replace", _fail)
+    with pytest.raises(OSError, match="killed"):
+        select(tmp_path, *GROUPS, best_n=1)
+    assert path.read_bytes() == before
+
+
+def _fail(*_: object) -> None:
+    raise OSError("killed")
 
 
 def test_rows_have_conversation_and_provenance_in_the_order_of_the_prompts(tmp_path: Path) -> None:

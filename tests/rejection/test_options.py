@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -46,6 +47,8 @@ def test_defaults_work() -> None:
         ({"min_pass_rate": 0.5, "max_pass_rate": 0.4}, "so no prompt is left"),
         ({"max_similarity": 0.0}, "all replies to a prompt would be near-duplicates"),
         ({"temperature": 0.0}, "all replies to a prompt would be the same"),
+        ({"generation_kwargs": {"temperature": 0}}, "`temperature` is 0, so all replies"),
+        ({"correct_threshold": math.nan}, "`correct_threshold` is nan, which tells no right"),
         ({"top_p": 0.0}, "the options of the sampling cannot work: .*`top_p`=0.0"),
         ({"generation_kwargs": {"num_beams": 4}}, "`num_beams` are not honoured"),
         ({"generation_kwargs": "5"}, "`generation_kwargs` is '5', which is no mapping"),
@@ -69,6 +72,12 @@ def test_problems_come_all_at_once() -> None:
 def test_what_would_train_or_quantize_is_refused(name: str) -> None:
     (told,) = policy_problems(ModelConfig(**{name: True}))
     assert f"`{name}` is set" in told
+
+
+def test_null_asks_for_nothing_on_a_command_line() -> None:
+    given = options(required_format="null")
+    assert given.rules().format is None
+    assert problems(required_format="null") == ""
 
 
 def test_mappings_are_read_from_a_command_line() -> None:

@@ -75,6 +75,27 @@ def test_weights_digest_changes_with_the_weights_not_with_the_place(tmp_path: Pa
     assert settings(one) == settings(copy) != settings(other)
 
 
+def test_weights_digest_covers_every_tensor_and_what_stands_beside_them(tmp_path: Path) -> None:
+    found = set()
+    for name in ("first", "last", "config.json", "chat_template.jinja", "tokenizer.json", "none"):
+        tensors = {"first": torch.zeros(2**19), "last": torch.zeros(2**19)}  # 2 MiB each
+        if name in tensors:
+            tensors[name][7] = 1.0
+        save_file(tensors, tmp_path / "model.safetensors")
+        for beside in ("config.json", "chat_template.jinja", "tokenizer.json"):
+            (tmp_path / beside).write_text("1" if name == beside else "0")
+        found.add(weights_digest(str(tmp_path)))
+    assert len(found) == 6
+    for later in ("training_args.bin", "summary.json", "README.md"):  # of the run, not the model
+        (tmp_path / later).write_text("new")
+    assert weights_digest(str(tmp_path)) in found
+
+
+def test_the_length_that_vllm_reads_counts_for_it_alone() -> None:
+    assert settings(vllm_max_model_length=9) == settings()
+    assert settings(vllm_max_model_length=9, made_by="vllm") != settings(made_by="vllm")
+
+
 def test_prompt_ids_stand_for_all_that_a_reward_reads() -> None:
     rows = [{"prompt": "a", "answer": "1"}, {"prompt": "a", "answer": "2"}]
     first, second = prompt_ids(Dataset.from_list(rows))

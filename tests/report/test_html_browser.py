@@ -130,6 +130,16 @@ def test_every_chart_is_drawn_with_axes_and_its_table(run: Path) -> None:
     assert {figure["axis"] for figure in figures} == {"optimizer step"}
 
 
+def test_bars_of_a_stack_are_as_wide_as_logs_are_apart(tmp_path: Path) -> None:
+    log = [{**entry, "step": 100 * int(str(entry["step"]))} for entry in make_log(10)]
+    page = write_web_report([write_run(tmp_path, log=log)])
+    widths = ask(
+        page,
+        """[...document.querySelectorAll(".area rect")].map((r) => +r.getAttribute("width"))""",
+    )
+    assert min(widths) > 10
+
+
 def test_browser_of_completions_goes_to_a_step_orders_and_filters(run: Path) -> None:
     found = ask(
         run,

@@ -40,6 +40,77 @@ def test_newest_checkpoint_has_the_history_where_there_is_no_file(tmp_path: Path
     assert run.notes == ["There is no metrics.jsonl: curves end at checkpoint-10."]
 
 
+def test_an_empty_file_of_metrics_hides_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-5").mkdir()
+    state = {"log_history": [{"step": 5, "reward": 0.5}]}
+    (tmp_path / "checkpoint-5/trainer_state.json").write_text(json.dumps(state))
+    (tmp_path / "metrics.jsonl").touch()
+    (run,) = read_runs([tmp_path], max_completions=0)
+    assert run.history.logged("reward") == [0.5]
+    assert run.notes == ["metrics.jsonl holds nothing: curves end at checkpoint-5."]
+
+
+@pytest.mark.parametrize("history", [None, 5, {"a": 1}, [5, None]])
+def test_a_history_that_is_none_is_empty(tmp_path: Path, history: object) -> None:
+    (tmp_path / "checkpoint-5").mkdir()
+    state = json.dumps({"log_history": history})
+    (tmp_path / "checkpoint-5/trainer_state.json").write_text(state)
+    (run,) = read_runs([tmp_path], max_completions=0)
+    assert run.history.values == {}
+
+
+def test_numbers_beyond_every_float_are_left_out(tmp_path: Path) -> None:
+    huge = int("9" * 400)
+    log = [{"step": 1, "reward": huge}, {"step": huge, "reward": 1.0}, {"step": 2, "reward": 0.5}]
+    (run,) = read_runs([write_run(tmp_path, log=log)], max_completions=0)
+    assert run.history.logged("reward") == [0.5]
+
+
+def test_what_holds_itself_or_is_nested_deeply_is_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    (folder / "stage.yaml").write_text("a: &x [*x]\n")
+    (folder / "summary.json").write_text('{"a": ' + "[" * 900 + "]" * 900 + "}")
+    (run,) = read_runs([folder], max_completions=0)
+    assert run.settings == {}
+    assert any("settings cannot be read" in note for note in run.notes)
+
+
+def test_secrets_in_a_stage_are_not_shown(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    settings = {
+        "token": "abc",
+        "hf_token": "abc",
+        "key": "abc",
+        "bearer": "abc",
+        "url": "https://host/v1?api_key=abc",
+        "login": "https://u:p@abc@host",
+        "slash": "https://user:pa/abc@host",
+        "command": "run --token=abc --api-key abc",
+        "text": "hf_abcabcabcabcabcabcabc",
+        "max_tokens": 7,
+        "token_env": "HF_TOKEN",
+    }
+    (folder / "stage.yaml").write_text(json.dumps(settings))
+    (run,) = read_runs([folder], max_completions=0)
+    assert "abc" not in str(run.settings)
+    assert (run.settings["max_tokens"], run.settings["token_env"]) == (7, "HF_TOKEN")
+
+
+def test_a_damaged_last_file_lets_no_more_completions_in(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, steps={step: make_rows(step) for step in range(1, 10)})
+    (folder / "completions/completions_00010.parquet").write_text("cut off")
+    (run,) = read_runs([folder], max_completions=12)
+    assert run.completions.num_completions <= 12
+
+
+def test_prompts_are_counted_before_groups_are_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, steps={1: make_rows(1, texts="abcdefgh")})  # of four prompts
+    (run,) = read_runs([folder], max_completions=4)
+    assert run.completions.num_completions == 4
+    assert run.completions.num_prompts == 4
+    assert run.completions.num_cut_steps == 1
+
+
 def test_unreadable_files_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps={1: make_rows(1), 3: make_rows(3)})
     (folder / "completions/completions_00002.parquet").write_text("no parquet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from report.logs import make_log, without
 from typer.testing import CliRunner
 
 from trl_grpo_ext.cli import app
+from trl_grpo_ext.report import write_report
 from trl_grpo_ext.report.web import write_web_report
 from trl_grpo_ext.report.web.markup import data_block, document, prose, table, text
+from trl_grpo_ext.report.web.run_folder import read_runs
+from trl_grpo_ext.report.web.tables import settings_that_differ
 
 HOSTILE = "</script><img src=x onerror=alert(1)> & \u202e \x00 \u2028"
 SUMMARY = {
@@ -166,6 +170,22 @@ def test_completions_that_are_left_out_are_said(tmp_path: Path) -> None:
     assert "logged steps" not in "".join(page_of(folder).text("li"))
 
 
+def test_groups_that_are_left_out_are_said(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, steps={1: make_rows(1, texts="abcdefgh")})
+    said = "".join(page_of(folder, max_completions=4).text("li", "code"))
+    assert "Of 1 of these steps only the first groups are here." in said
+
+
+def test_health_of_a_stage_is_told_but_not_of_a_fine_tuning(tmp_path: Path) -> None:
+    write_run(tmp_path, log=[], summary={"accuracy": {"base": 0.1}})
+    write_run(tmp_path / "grpo", log=[{"step": 1, "kl": 9.0}])
+    log = [{"step": 1, "mean_token_accuracy": 0.5, "grad_norm": 1e9, "entropy": 0.0}]
+    write_run(tmp_path / "sft", log=log)
+    page = page_of(tmp_path)
+    assert "Outside of the healthy range" in page.text("h2")
+    assert page.text("td").count("1 of 1 logs") == 1
+
+
 # Several runs ------------------------------------------------------------------------------------
 
 
@@ -209,6 +229,16 @@ def test_runs_with_a_component_each_have_a_chart_each(tmp_path: Path) -> None:
         "Reward by component, before its weight: of_a",
         "Reward by component, before its weight: of_b",
     ]
+
+
+def test_equal_settings_do_not_differ_whoever_wrote_them(tmp_path: Path) -> None:
+    settings = {"rewards": ["a", "b"], "temperature": 1.0, "seed": 3, "top_k": None, "flag": True}
+    first, second = write_run(tmp_path / "first"), tmp_path / "second"
+    (first / "stage.yaml").write_text(json.dumps(settings))
+    write_report(second, summary={}, log_history=make_log(), settings={**settings, "seed": 4})
+    found = settings_that_differ(read_runs([first, second], max_completions=0))
+    assert "seed" in found
+    assert not any(name in found for name in ("rewards", "temperature", "top_k", "flag"))
 
 
 def test_run_with_stages_shows_accuracy_after_each_and_the_stages(tmp_path: Path) -> None:

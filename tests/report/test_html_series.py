@@ -12,10 +12,11 @@ from report.logs import make_log
 
 from trl_grpo_ext.report.history import History
 from trl_grpo_ext.report.web.bands import band_of
-from trl_grpo_ext.report.web.charts import Line
+from trl_grpo_ext.report.web.charts import Chart, Line
 from trl_grpo_ext.report.web.completions import Completions, Group, Step, evenly_spaced
 from trl_grpo_ext.report.web.run_folder import Run
 from trl_grpo_ext.report.web.series import (
+    MAX_POINTS,
     ends,
     kept_points,
     phase_times,
@@ -129,7 +130,7 @@ def test_evenly_spaced_steps_hold_the_last_and_at_most_so_many(length: int, most
 
 def sampled_from(num_prompts: int) -> Completions:
     group = Group(prompt=[("", "q")], texts=["a"], scores=[[1.0]], extras=[[]])
-    return Completions([Step(1, ["r"], [], [group] * num_prompts)], 1)
+    return Completions([Step(1, ["r"], [], [group], num_groups=num_prompts)], 1)
 
 
 def test_band_of_a_reward_is_over_prompts_where_they_are_known_else_over_completions() -> None:
@@ -138,6 +139,20 @@ def test_band_of_a_reward_is_over_prompts_where_they_are_known_else_over_complet
     assert (low.item(), high.item()) == pytest.approx((0.0, 0.2))
     low, high = band_of(Run("unknown", history=history), "reward") or ()
     assert (low.item(), high.item()) == pytest.approx((-0.1, 0.3))
+
+
+def test_layers_of_a_stack_stay_at_the_same_steps_and_keep_its_peak() -> None:
+    steps_S = np.arange(1500.0)
+    rng = np.random.default_rng(0)
+    layers = [rng.random(1500) for _ in range(3)]
+    layers[1][900] = 50.0
+    lines = [Line(str(i), steps_S, values, style="area") for i, values in enumerate(layers)]
+    found = Chart("Time", "s", lines).to_json()["lines"]
+    assert found[0]["x"] == found[1]["x"] == found[2]["x"]
+    assert len(found[0]["x"]) <= MAX_POINTS
+    total = np.sum([line["y"] for line in found], axis=0)
+    assert total == pytest.approx(np.sum(layers, axis=0)[np.array(found[0]["x"], int)], rel=1e-4)
+    assert total.max() == pytest.approx(np.sum(layers, axis=0).max(), rel=1e-4)
 
 
 def test_band_of_an_evaluation_is_what_was_logged_at_its_steps() -> None:

@@ -13,26 +13,11 @@ from pathlib import Path
 import psutil
 from huggingface_hub import get_token
 
-from trl_grpo_ext.report.write import SECRET_KEY
+from trl_grpo_ext.redaction import HIDDEN, is_secret, without_credentials
 
-HIDDEN = "(not shown)"
-_SECRET_TOO = re.compile(r"(^|[_-])(token|key|headers|cookies?)$", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(r"(token|key|secret|password)$", re.IGNORECASE)
-_SIGNED = re.compile(r"([?&][\w.-]*(?:key|token|secret|sig\w*|password)=)[^&\s\"']+", re.IGNORECASE)
-_LOGIN = re.compile(r"(\w://)[^/\s@]+@")
 _SHORTEST_SECRET = 8  # [characters] below, a word of the text could be meant
 _LAUNCHERS = {"accelerate", "torchrun", "deepspeed"}
-
-
-def is_secret(key: str) -> bool:
-    """Return whether what stands under this name is a secret.
-
-    Example:
-        >>> list(map(is_secret, ("hub_token", "api_key", "headers", "max_tokens", "token_env")))
-        [True, True, True, False, False]
-    """
-    key = key.lstrip("-").replace("-", "_")
-    return bool(SECRET_KEY.search(key) or _SECRET_TOO.search(key))
 
 
 def shown(value: object) -> object:
@@ -40,7 +25,7 @@ def shown(value: object) -> object:
 
     Example:
         >>> shown({"url": "https://me:pw@host/v1?key=abc", "headers": {"X-Auth": "abc"}})
-        {'url': 'https://host/v1?key=(not shown)', 'headers': '(not shown)'}
+        {'url': 'https://(not shown)@host/v1?key=(not shown)', 'headers': '(not shown)'}
     """
     if isinstance(value, Mapping):
         return {
@@ -55,7 +40,7 @@ def shown(value: object) -> object:
         return getattr(value, "__name__", type(value).__name__)
     if isinstance(value, bool | int | float | None):
         return value
-    return _SIGNED.sub(rf"\1{HIDDEN}", _LOGIN.sub(r"\1", str(value)))
+    return without_credentials(str(value))
 
 
 def without_secrets(text: str, *, known: Iterable[str | None] = ()) -> str:

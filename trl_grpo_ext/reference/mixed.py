@@ -238,8 +238,8 @@ def _between(
 ) -> Tensor:
     with torch.no_grad():
         rounded_OI = rounded(dtype)
-        error_OI = exact_OI.to(dtype) - rounded_OI
-    return rounded_OI + share.to(dtype) * error_OI
+        error_OI = exact_OI.float() - rounded_OI.float()
+    return rounded_OI + (share * error_OI).to(dtype)  # its slope is summed in float32
 
 
 @contextmanager

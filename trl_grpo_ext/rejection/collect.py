@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,18 +41,27 @@ def candidates_folder(output_dir: str | Path) -> Path:
     return Path(output_dir) / "candidates"
 
 
-def missing_prompts(output_dir: str | Path, ids: Sequence[str]) -> set[int]:
+def missing_prompts(
+    output_dir: str | Path,
+    ids: Sequence[str],
+    made_with: Mapping[str, Any],
+    *,
+    unknown: Collection[str] = (),
+) -> set[int]:
     """Return the numbers of the prompts that are not on disk.
 
     Args:
         output_dir: Of the run; may be missing.
         ids: Of the prompts, by their number.
+        made_with: What decides about the candidates.
+        unknown: What of it cannot be told yet.
 
     Raises:
-        ConfigurationError: What is on disk answers other prompts.
+        ConfigurationError: What is on disk was made with other settings, or answers other prompts.
         CheckpointError: A file is damaged.
     """
     folder = candidates_folder(output_dir)
+    check_made_with(folder, made_with, unknown=unknown)
     found = {index: mark for index, (_, _, mark) in located_prompts(folder).items()}
     strange = [index for index, mark in found.items() if index < len(ids) and ids[index] != mark]
     if strange:
@@ -109,8 +118,7 @@ def collect_candidates(
         CheckpointError: A file on disk is damaged, or written by another run.
     """
     folder = candidates_folder(options.output_dir)
-    check_made_with(folder, made_with)
-    missing = missing_prompts(options.output_dir, prompt_ids(rows))
+    missing = missing_prompts(options.output_dir, prompt_ids(rows), made_with)
     batches = batches_to_do(
         missing, num_prompts=rows.num_rows, prompts_per_batch=options.prompts_per_batch
     )
@@ -124,5 +132,5 @@ def collect_candidates(
             sample = make()
             for batch in tqdm(own, desc="sampling", unit="batch", disable=state.process_index > 0):
                 writer.append([one for one in sample(batch) if one.prompt_index in missing])
-    state.wait_for_everyone()
+            state.wait_for_everyone()  # each keeps its file locked until all are done
     return folder

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Value
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Features, Value
 
 from trl_grpo_ext.data import MESSAGES
 from trl_grpo_ext.errors import ConfigurationError
@@ -20,6 +22,7 @@ from trl_grpo_ext.rejection.tally import Tally
 from trl_grpo_ext.rewards.completion import completion_text
 
 DATASET_FILE = Path("dataset") / "train.parquet"
+_ROWS_AT_A_TIME = 1000
 
 
 def select_candidates(
@@ -45,16 +48,22 @@ def select_candidates(
     """
     target = Path(options.output_dir) / DATASET_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
+    tally = Tally()
+
+    def kept_rows() -> Iterator[dict[str, Any]]:
+        for group, verdict in _verdicts(folder, num_prompts, options, weights):
+            tally.add(group, verdict)
+            for row in rows_of(group, verdict, options=options, weights=weights):
+                yield {**row, **provenance}
+
     with tempfile.TemporaryDirectory(dir=options.output_dir, ignore_cleanup_errors=True) as scratch:
-        lines, tally = Path(scratch) / "kept.jsonl", Tally()
-        with lines.open("w", encoding="utf-8") as file:
-            for group, verdict in _verdicts(folder, num_prompts, options, weights):
-                tally.add(group, verdict)
-                for row in rows_of(group, verdict, options=options, weights=weights):
-                    file.write(json.dumps({**row, **provenance}, allow_nan=False) + "\n")
-        target.unlink(missing_ok=True)
+        written = Path(scratch) / target.name
+        columns = features(list(weights), options.dataset_format)
+        _write_parquet(kept_rows(), written, columns.arrow_schema)
         if tally.num_kept_prompts:
-            _to_parquet(lines, target, features(list(weights), options.dataset_format))
+            written.replace(target)
+        else:
+            target.unlink(missing_ok=True)
     return tally
 
 
@@ -140,9 +149,7 @@ def _conversation(
     return {"prompt": prompt, "completion": reply}
 
 
-def _to_parquet(lines: Path, target: Path, columns: Features) -> None:
-    cache = str(lines.parent / "cache")
-    dataset = Dataset.from_json(str(lines), features=columns, cache_dir=cache)
-    temporary = lines.parent / target.name
-    dataset.to_parquet(temporary)
-    temporary.replace(target)
+def _write_parquet(rows: Iterator[dict[str, Any]], path: Path, schema: pa.Schema) -> None:
+    with pq.ParquetWriter(path, schema) as writer:
+        while some := list(itertools.islice(rows, _ROWS_AT_A_TIME)):
+            writer.write_table(pa.Table.from_pylist(some, schema=schema))

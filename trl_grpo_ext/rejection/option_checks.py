@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import get_args
@@ -84,6 +85,11 @@ def _window_problems(options: RejectionArguments) -> Iterator[str]:
             f"`max_tokens`={options.max_tokens} is below `min_tokens`={options.min_tokens}, so no "
             "reply has the right length. Swap them, or leave `max_tokens` out."
         )
+    if not math.isfinite(options.correct_threshold):
+        yield (
+            f"`correct_threshold` is {options.correct_threshold}, which tells no right reply from "
+            "a wrong one. Use the least score of a right one, such as 0.5."
+        )
     if options.max_pass_rate < options.min_pass_rate:
         yield (
             f"`max_pass_rate`={options.max_pass_rate} is below `min_pass_rate`="
@@ -97,9 +103,10 @@ def _window_problems(options: RejectionArguments) -> Iterator[str]:
 
 
 def _sampling_problems(options: RejectionArguments) -> Iterator[str]:
-    if not options.temperature > 0:
+    temperature = mapping(options.generation_kwargs).get("temperature", options.temperature)
+    if not (isinstance(temperature, int | float) and temperature > 0):
         yield (
-            f"`temperature` is {options.temperature}, so all replies to a prompt would be the "
+            f"`temperature` is {temperature}, so all replies to a prompt would be the "
             "same. Use what GRPO sampled with, 1.0 by default."
         )
     mappings = {name: getattr(options, name) for name in MAPPINGS}

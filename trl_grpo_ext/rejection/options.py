@@ -314,13 +314,16 @@ def mapping(value: dict[str, object] | str | None) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {}
 
 
-def _parsed(text: str) -> dict[str, object] | str:
-    """Return the mapping that the text stands for, or the text if it stands for none."""
+def _parsed(text: str) -> dict[str, object] | str | None:
+    """Return the mapping that the text stands for, or the text if it stands for none.
+
+    The JSON ``null`` stands for nothing that is asked.
+    """
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
         return text
-    return value if isinstance(value, dict) else text
+    return value if value is None or isinstance(value, dict) else text
 
 
 MAPPINGS = ("generation_kwargs", "chat_template_kwargs", "required_format")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,12 @@ from trl_grpo_ext.rejection.options import RejectionArguments
 from trl_grpo_ext.rewards.registry import RewardEntry, RewardSpec
 
 _WEIGHTS = (".safetensors", ".bin")
-_TAIL_BYTES = 2**20
+_BESIDE = (  # files that decide what is sampled, as weights do
+    *("config.json", "generation_config.json", "adapter_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
+)
+_OF_TRAINING = "training_args.bin"
 
 
 def prompt_id(row: Mapping[str, Any]) -> str:
@@ -63,27 +67,30 @@ def made_with(
         "seed": options.seed,
         "num_generations": options.num_generations,
         **options.sampling(),
+        "vllm_max_model_length": options.vllm_max_model_length if sampler == "vllm" else None,
         "chat_template_kwargs": options.chat_template_kwargs,
         "rewards": [_reward(entry) for entry in rewards],
     }
 
 
 def weights_digest(model: str) -> str | None:
-    """Return what changes when a model in a folder is trained on; ``None`` if it is no folder.
+    """Return a hash of a model in a folder: weights, configuration, tokenizer and chat template.
 
-    It covers names, sizes and the last megabyte of the files that hold weights, so that a large
-    model is read in no time.
+    Reads all of it once, about a second a gigabyte. ``None`` if it is no folder.
     """
     if not Path(model).is_dir():
         return None
-    files = sorted(path for path in Path(model).iterdir() if path.suffix in _WEIGHTS)
-    return _digest([(path.name, path.stat().st_size, _tail(path)) for path in files])
+    files = sorted(path for path in Path(model).iterdir() if _decides(path))
+    return _digest([(path.name, _file_digest(path)) for path in files])
 
 
-def _tail(path: Path) -> str:
+def _decides(path: Path) -> bool:
+    return path.name in _BESIDE or (path.suffix in _WEIGHTS and path.name != _OF_TRAINING)
+
+
+def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
-        file.seek(-min(path.stat().st_size, _TAIL_BYTES), os.SEEK_END)
-        return hashlib.sha256(file.read()).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reward(entry: RewardEntry) -> str:

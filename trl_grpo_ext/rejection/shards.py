@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -107,14 +107,22 @@ def read_made_with(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def check_made_with(folder: Path, settings: Mapping[str, Any]) -> None:
+def check_made_with(
+    folder: Path, settings: Mapping[str, Any], *, unknown: Collection[str] = ()
+) -> None:
     """Refuse candidates that other settings made, which would be mixed with new ones.
+
+    Args:
+        folder: With the candidates; may be missing.
+        settings: From :func:`~trl_grpo_ext.rejection.provenance.made_with`.
+        unknown: Names of settings that cannot be told yet.
 
     Raises:
         ConfigurationError: They were sampled by another model, at another temperature, ...
     """
     before, wanted = read_made_with(folder), _as_stored(settings)
-    changed = [key for key in {**before, **wanted} if before.get(key) != wanted.get(key)]
+    known = [key for key in {**before, **wanted} if key not in unknown]
+    changed = [key for key in known if before.get(key) != wanted.get(key)]
     if before and changed:
         told = "; ".join(f"{k}: {_shown(before, k)}, now {_shown(wanted, k)}" for k in changed)
         raise ConfigurationError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_STEP = 2**53  # what floats count one by one; more is no step
 Floats = NDArray[np.float64]
 
 
@@ -25,7 +26,7 @@ class History:
         values: dict[str, dict[int, float]] = {}
         for entry in log_history:
             step = entry.get("step")
-            if not isinstance(step, int):
+            if not isinstance(step, int) or not -MAX_STEP < step < MAX_STEP:
                 continue
             for name, value in entry.items():
                 if value is None or isinstance(value, int | float):
@@ -58,4 +59,7 @@ class History:
 
 
 def _finite(value: float | None) -> float:
-    return math.nan if value is None or not math.isfinite(value) else float(value)
+    try:
+        return math.nan if value is None or not math.isfinite(value) else float(value)
+    except OverflowError:  # an integer beyond every float
+        return math.nan

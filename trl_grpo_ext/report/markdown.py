@@ -27,13 +27,24 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _cell(value: object) -> str:
+    text = cell_text(value)
+    return text if value is None or isinstance(value, bool | int | float) else code_span(text)
+
+
+def cell_text(value: object) -> str:
+    """Return a value as a table shows it, without markup.
+
+    Example:
+        >>> [cell_text(value) for value in (None, 1.0, True, ["a"], "b")]
+        ['–', '1', 'True', '["a"]', 'b']
+    """
     if value is None:
         return "–"
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, bool | int):
+    if isinstance(value, bool | int | str):
         return str(value)
-    return code_span(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def code_span(text: str) -> str:

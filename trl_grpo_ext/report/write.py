@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from trl_grpo_ext.files import write_atomically, write_summary
+from trl_grpo_ext.redaction import HIDDEN, is_secret, without_credentials
 from trl_grpo_ext.report.history import History
 from trl_grpo_ext.report.page import Example, render_page
 from trl_grpo_ext.report.plots import write_plots
@@ -28,7 +28,6 @@ SUMMARY_ORDER = (
     "minutes",
     "seed",
 )
-SECRET_KEY = re.compile(r"api_?key|secret|password|authorization|(hub|access|auth)_token", re.I)
 
 
 def write_report(
@@ -80,7 +79,7 @@ def write_report(
 def clean_mapping(values: Mapping[str, object]) -> dict[str, object]:
     """Return what strict JSON can hold, without secrets: NaN becomes null, others a string."""
     return {
-        str(key): "(not shown)" if SECRET_KEY.search(str(key)) and value else _clean(value)
+        str(key): HIDDEN if is_secret(str(key)) and value else _clean(value)
         for key, value in values.items()
     }
 
@@ -95,7 +94,9 @@ def _clean(value: object) -> object:
         return _clean(value.item())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | None) else str(value)
+    if isinstance(value, int | None):
+        return value
+    return without_credentials(str(value))
 
 
 def _ordered(summary: Mapping[str, object]) -> dict[str, object]:

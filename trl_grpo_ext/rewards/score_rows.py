@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,17 +82,15 @@ def _read_csv(path: Path) -> list[Row]:
 
 
 def _read_parquet(path: Path) -> list[Row]:
-    from datasets import Dataset
-    from datasets.exceptions import DatasetsError
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     if not path.is_file():
         raise FileNotFoundError("there is no such file")
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            dataset = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-            rows: list[Row] = dataset.to_list()
-        except DatasetsError as error:
-            raise ValueError(str(error)) from error
+    try:
+        rows: list[Row] = pq.ParquetFile(path).read().to_pylist()
+    except pa.ArrowException as error:
+        raise ValueError(str(error)) from error
     return rows
 
 

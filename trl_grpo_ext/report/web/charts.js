@@ -180,7 +180,7 @@ function drawPoints(svg, line, scale, spec) {
 function drawStack(svg, lines, scale) {
   const steps = lines[0].x;
   const gaps = steps.slice(1).map((step, i) => step - steps[i]);
-  const wide = 0.8 * Math.abs(scale.x(Math.min(...gaps, 1)) - scale.x(0));
+  const wide = 0.8 * Math.abs(scale.x(gaps.length ? Math.min(...gaps) : 1) - scale.x(0));
   let below = steps.map(() => 0);
   for (const line of lines) {
     const above = below.map((value, i) => value + (line.y[i] || 0));

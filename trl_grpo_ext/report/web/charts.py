@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from trl_grpo_ext.report.history import Floats
 from trl_grpo_ext.report.web.series import Band, kept_points, running_mean, smoothing_window
 
@@ -41,9 +43,13 @@ class Line:
         """Whether points are left out."""
         return len(kept_points(self.values_S)) < len(self.values_S)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what the script draws."""
-        kept = kept_points(self.values_S)
+    def to_json(self, *, kept: Sequence[int] | None = None) -> dict[str, Any]:
+        """Return what the script draws.
+
+        Args:
+            kept: Indices of the points to draw; by default those of its own peaks, and some.
+        """
+        kept = kept_points(self.values_S) if kept is None else kept
         smooth_S = running_mean(self.values_S, window=self.window) if self.window > 1 else None
         low_S, high_S = self.band or (None, None)
         return {
@@ -101,11 +107,16 @@ class Chart:
 
     def to_json(self) -> dict[str, Any]:
         """Return what the script draws."""
+        areas = [line.values_S for line in self.lines if line.style == "area"]
+        # Layers of a stack are at the same steps, and stay so: the peaks are those of the whole.
+        stack = kept_points(np.nansum(areas, axis=0)) if areas else None
         return {
             "title": self.title,
             "unit": self.unit,
             "zero": self.from_zero,
-            "lines": [line.to_json() for line in self.lines],
+            "lines": [
+                line.to_json(kept=stack if line.style == "area" else None) for line in self.lines
+            ],
             "levels": [vars(level) for level in self.levels],
         }
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from trl_grpo_ext.errors import ConfigurationError
 
 FILES = "completions/completions_*.parquet"
@@ -30,12 +33,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step sampled."""
+    """What one step sampled; ``num_groups`` counts those that were left out, too."""
 
     step: int
     columns: Sequence[str]
     extra_columns: Sequence[str]
     groups: Sequence[Group]
+    num_groups: int
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,17 @@ class Completions:
     @property
     def num_prompts(self) -> int | None:
         """From how many prompts a typical step sampled; ``None`` if nothing was read."""
-        counts = [len(step.groups) for step in self.steps]
+        counts = [step.num_groups for step in self.steps]
         return statistics.median_low(counts) if counts else None
+
+    @property
+    def num_cut_steps(self) -> int:
+        """In how many of the steps groups were left out."""
+        return sum(len(step.groups) < step.num_groups for step in self.steps)
 
 
 def read_completions(folder: Path, *, most: int, notes: list[str]) -> Completions:
-    """Return completions of evenly spaced steps, the first and the last among them.
+    """Return completions of evenly spaced steps: the last one, and from two on the first.
 
     Args:
         folder: Of the run.
@@ -68,11 +77,19 @@ def read_completions(folder: Path, *, most: int, notes: list[str]) -> Completion
     paths = sorted(folder.glob(FILES), key=lambda path: (len(path.name), path.name))
     if not paths or most < 1:
         return Completions(num_logged_steps=len(paths))
-    size = len(_read_file(paths[-1], notes=[])) or 1
+    size = max(map(_num_rows, paths)) or 1
     chosen = [paths[index] for index in evenly_spaced(len(paths), most=max(most // size, 1))]
     read = (_read_file(path, notes=notes) for path in chosen)
     steps = [as_step(rows, most=most) for rows in read if rows]
     return Completions(steps, len(paths))
+
+
+def _num_rows(path: Path) -> int:
+    """How many completions a file holds; 0 if it cannot be read."""
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, pa.ArrowException):
+        return 0
 
 
 def evenly_spaced(length: int, *, most: int) -> list[int]:
@@ -100,10 +117,12 @@ def as_step(rows: Sequence[Mapping[str, Any]], *, most: int) -> Step:
     columns = [name for name in further if _is_score(row[name] for row in rows)]
     extra = [name for name in further if name not in columns]
     groups: list[Group] = []
+    num_groups = num_completions = 0
     for _, found in itertools.groupby(rows, key=lambda row: repr(row.get("prompt"))):
         group = list(found)
-        if groups and sum(len(one.texts) for one in groups) + len(group) > most:
-            break
+        num_groups, num_completions = num_groups + 1, num_completions + len(group)
+        if groups and num_completions > most:
+            continue
         groups.append(
             Group(
                 prompt=as_messages(group[0].get("prompt")),
@@ -113,7 +132,8 @@ def as_step(rows: Sequence[Mapping[str, Any]], *, most: int) -> Step:
             )
         )
     step = rows[0].get("step")
-    return Step(step if isinstance(step, int) else 0, columns, extra, groups)
+    number = step if isinstance(step, int) else 0
+    return Step(number, columns, extra, groups, num_groups)
 
 
 def as_messages(value: Any) -> list[Message]:
@@ -142,8 +162,14 @@ def as_text(completion: Any) -> str:
 
 def _content(value: Any) -> str:
     if isinstance(value, list):  # parts of a multimodal message
-        return "".join(str(part.get("text") or f"[{part.get('type')}]") for part in value)
+        return "".join(map(_part, value))
     return "" if value is None else str(value)
+
+
+def _part(part: Any) -> str:
+    if isinstance(part, dict):
+        return str(part.get("text") or f"[{part.get('type')}]")
+    return str(part)
 
 
 def _cut(text: str) -> str:

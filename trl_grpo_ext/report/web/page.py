@@ -86,7 +86,8 @@ class _Page:
         yield section("summary", "Summary", body + paragraphs(notes, kind="notes"))
         if len(runs) > 1:
             yield section("differences", "Settings that differ", _differences(runs))
-        yield section("health", "Outside of the healthy range", health_table(runs))
+        parts = [part for run in runs for part in (run, *run.stages)]
+        yield section("health", "Outside of the healthy range", health_table(parts))
 
     def _stages(self, runs: Sequence[Run]) -> Iterator[str]:
         for run in runs:
@@ -184,13 +185,15 @@ def _browser(runs: Sequence[Run]) -> str:
 def _cut_note(run: Run, *, alone: bool) -> str:
     found = run.completions
     name = "" if alone else f"{run.name}: "
-    if len(found.steps) >= found.num_logged_steps:
-        return ""
-    return (
-        f"{name}{len(found.steps)} of {found.num_logged_steps} logged steps are on this page, "
-        f"evenly spaced, with {found.num_completions} completions. "
-        "`--max-completions` sets how many."
-    )
+    parts = []
+    if len(found.steps) < found.num_logged_steps:
+        parts.append(
+            f"{len(found.steps)} of {found.num_logged_steps} logged steps are on this page, "
+            f"evenly spaced, with {found.num_completions} completions."
+        )
+    if found.num_cut_steps:
+        parts.append(f"Of {found.num_cut_steps} of these steps only the first groups are here.")
+    return f"{name}{' '.join(parts)} `--max-completions` sets how many." if parts else ""
 
 
 def _completions_json(name: str, completions: Completions) -> Mapping[str, Any]:

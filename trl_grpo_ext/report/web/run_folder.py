@@ -23,7 +23,6 @@ SOURCES = (SUMMARY, METRICS, STATES, COMPLETIONS)
 STAGES = ("sft", "grpo", "rejection", "rejection_sft")  # the order in which they run
 
 _HINT = "Name the `output_dir` of a run: training writes these files into it."
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")  # user:password@ in an address
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,8 @@ def _read_run(
     prefix = f"{name}/" if is_one_of_many else ""
     return Run(
         name=name,
-        summary=_redacted(_read_json(folder / SUMMARY, notes)),
-        settings=_redacted(_read_settings(folder, notes)),
+        summary=_cleaned(_read_json(folder / SUMMARY, notes), SUMMARY, notes),
+        settings=_cleaned(_read_settings(folder, notes), "The settings", notes),
         history=History.of(_read_log(folder, notes)),
         completions=read_completions(folder, most=max_completions, notes=notes),
         notes=notes,
@@ -138,15 +137,13 @@ def _read_run(
     )
 
 
-def _redacted(values: Mapping[str, Any]) -> dict[str, Any]:
-    def without(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: without(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [without(inner) for inner in value]
-        return _CREDENTIALS.sub("(not shown)@", value) if isinstance(value, str) else value
-
-    return {key: without(value) for key, value in clean_mapping(values).items()}
+def _cleaned(values: Mapping[str, Any], source: str, notes: list[str]) -> dict[str, Any]:
+    """Without secrets, as plain values; nothing if the values hold each other."""
+    try:
+        return clean_mapping(values)
+    except RecursionError:
+        notes.append(f"{source} cannot be read (nested too deeply), so what it says is left out.")
+        return {}
 
 
 def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -163,14 +160,17 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
 def _read_log(folder: Path, notes: list[str]) -> Iterable[Mapping[str, Any]]:
     """Return what was logged: ``metrics.jsonl``, else the newest checkpoint's history."""
     path = folder / METRICS
-    if path.is_file():
-        return _read_lines(path, notes)
+    entries = _read_lines(path, notes) if path.is_file() else []
+    if entries:
+        return entries
     states = sorted(folder.glob(STATES), key=lambda state: _number(state.parent.name))
     if not states:
         return []
-    notes.append(f"There is no {METRICS}: curves end at {states[-1].parent.name}.")
-    history = _read_json(states[-1], notes).get("log_history", [])
-    return [entry for entry in history if isinstance(entry, dict)]
+    what = f"{METRICS} holds nothing" if path.is_file() else f"There is no {METRICS}"
+    notes.append(f"{what}: curves end at {states[-1].parent.name}.")
+    history = _read_json(states[-1], notes).get("log_history")
+    entries = history if isinstance(history, list) else []
+    return [entry for entry in entries if isinstance(entry, dict)]
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
@@ -203,7 +203,7 @@ def _read_settings(folder: Path, notes: list[str]) -> dict[str, Any]:
     if path.is_file():
         try:
             found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             notes.append(f"{path.name} cannot be read ({type(error).__name__}).")
             return {}
         return found if isinstance(found, dict) else {}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from trl_grpo_ext.metrics import EVALUATION, Metric, find_metric
+from trl_grpo_ext.report.markdown import cell_text
 from trl_grpo_ext.report.web.contents import wilson_text
 from trl_grpo_ext.report.web.markup import table, told_table
 from trl_grpo_ext.report.web.run_folder import Run
@@ -25,6 +26,7 @@ FINAL = (  # what the comparison ends with
     "grad_norm",
     "step_time",
 )
+OF_FINE_TUNING = "mean_token_accuracy"  # a metric of TRL's SFTTrainer alone
 UNCOMPARED = {"output_dir", "run_name", "logging_dir"}  # settings that differ by nature
 
 
@@ -74,7 +76,11 @@ def _ends_note(run: Run, metric: str, window: int) -> str:
 
 
 def health_table(runs: Sequence[Run]) -> str:
-    """Return the metrics that left their healthy range, and how often; ``""`` for none."""
+    """Return the metrics that left their healthy range, and how often; ``""`` for none.
+
+    The ranges are those of GRPO: what a fine-tuning logged is left out.
+    """
+    runs = [run for run in runs if not run.history.has(OF_FINE_TUNING)]
     rows = [row for run in runs for row in _unhealthy(run)]
     header = ["metric", "run", "outside", "farthest", "healthy", "what it is"]
     if len(runs) == 1:
@@ -164,8 +170,7 @@ def settings_that_differ(runs: Sequence[Run]) -> str:
 def _setting(run: Run, name: str) -> str:
     if name not in run.settings:
         return "(default)"
-    value = run.settings[name]
-    return value if isinstance(value, str) else str(value)
+    return cell_text(run.settings[name])
 
 
 def facts(run: Run) -> list[tuple[str, object]]:
