@@ -126,6 +126,10 @@ def plan(
             "layers in 8 bits."
         ),
     ] = None,
+    reference_bits: Annotated[
+        float | None,
+        typer.Option(help="That a quantized weight takes in the mean, instead of the rank."),
+    ] = None,
     reference_embedding_bits: Annotated[
         int, typer.Option(help="8, or 16 for those of the policy.")
     ] = 16,

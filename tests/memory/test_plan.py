@@ -20,6 +20,7 @@ from trl_grpo_ext.memory import ReferenceFormat, RunSettings, estimate_run
 from trl_grpo_ext.memory.plan import make_plan
 from trl_grpo_ext.memory.recipe_lines import launch_command, recipe_options, recipe_yaml
 from trl_grpo_ext.memory.search import fastest_that_fits, frugal_settings, gpus_that_suffice
+from trl_grpo_ext.memory.settings import settings_problems
 from trl_grpo_ext.memory.show import print_plan, save_plot
 
 GB = 10**9
@@ -223,6 +224,27 @@ def test_recipe_lines_of_a_quantized_reference_name_what_is_not_the_default() ->
         "reference_rank": 16,
         "reference_embedding_quantization": "int8",
     }
+
+
+def test_recipe_lines_of_a_budget_are_those_of_layers_in_8_bits() -> None:
+    settings = replace(ON_8, reference="quantized", storage=ReferenceFormat(rank=32, bits=4.6))
+    options = recipe_options("x/y", settings)
+    assert options["reference_compensation"] == "mixed"
+    assert options["reference_bits"] == 4.6
+    assert "reference_rank" not in options
+
+
+@pytest.mark.parametrize(
+    ("storage", "told"),
+    [
+        (ReferenceFormat(bits=4.0), "--reference-bits is 4, but nf4 takes some more"),
+        (ReferenceFormat(bits=17.0), "--reference-bits is 17"),
+        (ReferenceFormat(bits=5.0, quantization="int8"), "but int8 takes 8.13"),
+    ],
+)
+def test_a_budget_that_no_layer_has_is_refused(storage: ReferenceFormat, told: str) -> None:
+    (found,) = settings_problems(replace(ON_8, storage=storage))
+    assert told in found
 
 
 def test_recipe_lines_under_zero_3_take_the_reference_of_trl_and_gather_no_whole_model() -> None:

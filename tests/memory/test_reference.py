@@ -22,6 +22,7 @@ from trl_grpo_ext.memory.reference import (
 from trl_grpo_ext.memory.shape import Matrix
 from trl_grpo_ext.reference import build_reference
 from trl_grpo_ext.reference.embeddings import QuantizedTable
+from trl_grpo_ext.reference.mixed import bytes_within
 from trl_grpo_ext.reference.quantized import QuantizedLinear
 from trl_grpo_ext.reference.streamed import build_streamed_reference
 
@@ -135,6 +136,15 @@ def test_quantized_bytes_adds_low_rank_factors_in_16_bits_beside_every_matrix() 
     # q and o 256+256, k and v 128+256, gate, up and down 512+256; each times 2 bytes and the rank
     sides = 2 * 512 + 2 * 384 + 3 * 768
     assert quantized_bytes(shape, ReferenceFormat(rank=8), 2) - plain == 2 * 2 * 8 * sides
+
+
+def test_quantized_bytes_of_a_budget_are_what_calibration_keeps_to() -> None:
+    policy = AutoModelForCausalLM.from_config(LlamaConfig(**WIDE))
+    reference = build_reference(policy)
+    shape = model_shape(policy.config)
+    kept = shape.num_parameters - shape.num_in_matrices
+    planned = quantized_bytes(shape, ReferenceFormat(rank=32, bits=5.5), 4)
+    assert planned - 4 * kept == bytes_within(reference, 5.5)
 
 
 def test_quantized_bytes_with_embeddings_in_8_bits_replaces_both_tables() -> None:

@@ -74,7 +74,10 @@ def _reference_options(settings: RunSettings) -> dict[str, Any]:
         options["reference_block_size"] = storage.block_size
     if not storage.double_quantization:
         options["reference_double_quantization"] = False
-    if storage.rank != usual_rank(storage.quantization):
+    if storage.bits is not None:
+        options["reference_compensation"] = "mixed"
+        options["reference_bits"] = storage.bits
+    elif storage.rank != usual_rank(storage.quantization):
         options["reference_compensation"] = "low_rank" if storage.rank else "rounding"
         if storage.rank:
             options["reference_rank"] = storage.rank

@@ -28,6 +28,8 @@ class ReferenceFormat:
         double_quantization: Whether scales are stored in 8 bits, not in float32.
         rank: Of the factors in 16 bits beside each quantized matrix; 0 for none. Layers in 8 bits
             may take these bytes instead.
+        bits: That a weight of these matrices takes in the mean, all told, instead of code and
+            factors.
         embedding_bits: 8, or ``None`` for embedding and head in the policy's dtype.
     """
 
@@ -35,6 +37,7 @@ class ReferenceFormat:
     block_size: int = 64
     double_quantization: bool = True
     rank: int = 0
+    bits: float | None = None
     embedding_bits: Literal[8] | None = None
 
     @property
@@ -95,6 +98,8 @@ def quantized_bytes(shape: ModelShape, storage: ReferenceFormat, dtype_bytes: in
         matrix.num_experts * (matrix_bytes(matrix.size, storage) + _factor_bytes(matrix, storage))
         for matrix in shape.matrices
     )
+    if storage.bits is not None:
+        matrices = math.ceil(shape.num_in_matrices * storage.bits / 8)
     tables = sum(table.size for table in shape.tables)
     kept = shape.num_parameters - shape.num_in_matrices
     if storage.embedding_bits is None:

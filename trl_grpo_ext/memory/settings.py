@@ -107,6 +107,18 @@ class RunSettings:
         )
 
 
+def _bits_problems(storage: ReferenceFormat) -> Iterator[str]:
+    if storage.bits is None:
+        return
+    if storage.quantization == "int8":
+        yield "--reference-bits is set, but int8 takes 8.13. Use nf4, or leave it out."
+    elif not storage.num_bits < storage.bits <= 16:
+        yield (
+            f"--reference-bits is {storage.bits:g}, but {storage.quantization} takes some more "
+            "than 4, and 16 are exact. Use a number between, such as 4.6."
+        )
+
+
 def settings_problems(settings: RunSettings) -> Iterator[str]:
     """Yield what cannot work: what was found, why it matters, what to do."""
     impossible = [name for name, least in _LEAST.items() if getattr(settings, name) < least]
@@ -120,6 +132,7 @@ def settings_problems(settings: RunSettings) -> Iterator[str]:
         return
     if settings.lora_rank < 0 or settings.storage.rank < 0:
         yield "A rank is negative, and no matrix has one. Use 1 or more, or leave it out."
+    yield from _bits_problems(settings.storage)
     if settings.reference == "adapter" and not settings.lora_rank:
         yield (
             "--reference is adapter, but there is no adapter to switch off. "

@@ -164,7 +164,7 @@ class ReferenceSettings:
 
     @property
     def storage(self) -> ReferenceFormat:
-        """What the planner must know of a quantized reference; a budget counts as the usual rank.
+        """What the planner must know of a quantized reference.
 
         Example:
             >>> ReferenceSettings().storage.rank
@@ -176,6 +176,7 @@ class ReferenceSettings:
             block_size=self.block_size,
             double_quantization=self.double_quantization,
             rank=(DEFAULT_RANK if self.rank is None else self.rank) if takes_more else 0,
+            bits=self.bits,
             embedding_bits=None if self.embedding_quantization is None else 8,
         )
 
