@@ -142,6 +142,21 @@ def test_a_model_on_the_cpu_is_not_captured(caplog: pytest.LogCaptureFixture) ->
 
 
 @pytest.mark.gpu
+def test_a_model_that_waits_for_the_device_goes_on_without_a_graph(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = build_small_model().cuda()
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: kwargs["position_ids"].max().item() and None, with_kwargs=True
+    )
+    stream = torch.cuda.current_stream()
+    growing, fixed = both_ways(model, rows_of(2, 4))
+    assert_same(fixed, growing)
+    assert torch.cuda.current_stream() == stream
+    assert caplog.text.count("no CUDA graph of LlamaForCausalLM") == 1
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", MODELS)
 def test_completions_are_the_same_from_a_cuda_graph(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

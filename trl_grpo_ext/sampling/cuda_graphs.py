@@ -91,10 +91,13 @@ def capture(function: Pass) -> Pass:
     Raises:
         RuntimeError: it does what a graph cannot hold, such as waiting for the device.
     """
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may go on: they copy a reference's weights, or run a reward model.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = function()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # Other threads may go on: they copy a reference's weights, or run a reward model.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = function()
+    finally:
+        torch.cuda.set_stream(stream)  # torch 2.13 stays on its own one when a capture fails
 
     def repeat() -> Tensor:
         graph.replay()
