@@ -209,7 +209,8 @@ def test_client_that_hangs_up_makes_room(serving: Serving) -> None:
 
 
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 from trl_grpo_ext.rewards.serve.start import serve_reward
 from trl_grpo_ext.rewards.serve.settings import ServeSettings
 serve_reward(ServeSettings(reward="slow_reward:slow", port=int(sys.argv[1]), grace_s=1))
