@@ -15,11 +15,18 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trl_grpo_ext.cpu_linear import OneDNNLinear, use_onednn
+from trl_grpo_ext import cpu_linear
+from trl_grpo_ext.cpu_linear import OneDNNLinear, cpu_is_intels, use_onednn
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"
 )
+
+
+@pytest.fixture(autouse=True)
+def other_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests run oneDNN on Intel's CPUs too, where a user's run does not."""
+    monkeypatch.setattr(cpu_linear, "cpu_is_intels", lambda: False)
 
 
 def build_layer(*, bias: bool = True, num_outputs: int = 64) -> OneDNNLinear:
@@ -180,6 +187,29 @@ def test_onednn_linear_refuses_two_dtypes_as_torch_does() -> None:
 def test_onednn_linear_runs_on_a_device_that_has_no_onednn() -> None:
     layer = build_layer().to("meta")
     assert layer(torch.empty(5, 48, device="meta")).shape == (5, 64)
+
+
+def test_onednn_linear_is_torch_linear_on_a_cpu_of_intels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "_multiply", None)  # it would fail, were it called
+    with pytest.raises(TypeError):
+        build_layer()(inputs(5, 48))
+    monkeypatch.setattr(cpu_linear, "cpu_is_intels", lambda: True)
+    layer, x = build_layer(), inputs(5, 48)
+    assert torch.equal(layer(x), linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize(
+    ("vendor", "expected"), [("GenuineIntel", True), ("AuthenticAMD", False), ("", False)]
+)
+def test_the_makers_name_is_read_off_the_machine(
+    vendor: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing = tmp_path / "cpuinfo"
+    listing.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: a CPU\n")
+    for there in (listing, tmp_path / "missing"):
+        monkeypatch.setattr(cpu_linear, "Path", lambda _, there=there: there)
+        monkeypatch.setattr(cpu_linear.platform, "processor", lambda: f"Family 6, {vendor}")
+        assert cpu_is_intels.__wrapped__() is expected
 
 
 # Which layers -------------------------------------------------------------------------------------

@@ -124,8 +124,8 @@ class ExtensionOptions(
     onednn_linear: bool = field(
         default=True,
         metadata={
-            "help": "Whether float32 linear layers on a CPU run in oneDNN: twice as fast as "
-            "torch's default where the CPU is not Intel's, equal up to rounding."
+            "help": "Whether float32 linear layers run in oneDNN on a CPU that is not Intel's: "
+            "twice as fast there as torch's default, equal up to rounding."
         },
     )
     advantage_baseline: AdvantageBaseline = field(

@@ -1,7 +1,7 @@
-"""Linear layers on a CPU that multiply float32 in oneDNN instead of torch's default.
+"""Linear layers on a CPU that multiply float32 in oneDNN where torch's default is slower.
 
 torch multiplies float32 matrices in MKL, which leaves out AVX-512 on CPUs that are not Intel's:
-there, oneDNN is twice as fast. The operator is the one that ``torch.compile`` puts in the place of
+there, oneDNN is twice as fast, and on Intel's it is a tenth slower. The operator is the one that ``torch.compile`` puts in the place of
 a linear layer; it has no derivative, which is here. Results differ by rounding.
 
 Shapes: ``N`` rows, ``I`` inputs, ``O`` outputs.
@@ -9,6 +9,9 @@ Shapes: ``N`` rows, ``I`` inputs, ``O`` outputs.
 
 from __future__ import annotations
 
+import functools
+import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,8 @@ _BLOCK = 64  # [outputs] a layer below this has nothing to gain
 
 def use_onednn(model: nn.Module) -> int:
     """Make the float32 linear layers of a model on the CPU run in oneDNN, quantized ones as well.
+
+    On a CPU of Intel's they go on in MKL.
 
     Weights, names and hooks stay; a layer whose ``forward`` somebody replaced is left alone. Doing
     it twice changes nothing.
@@ -38,19 +43,31 @@ def use_onednn(model: nn.Module) -> int:
 
 
 def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``inputs @ weight.T + bias``, shape ``(..., O)``, in oneDNN if it is float32 on a CPU.
+    """Return ``inputs @ weight.T + bias``, shape ``(..., O)``, in oneDNN if that is faster.
+
+    It is for float32 on a CPU that is not Intel's.
 
     Args:
         inputs: Shape ``(..., I)``.
         weight: Shape ``(O, I)``.
         bias: Shape ``(O,)`` or ``None``.
     """
-    plain = weight.device.type != "cpu" or torch.is_autocast_enabled("cpu")
+    plain = weight.device.type != "cpu" or torch.is_autocast_enabled("cpu") or cpu_is_intels()
     plain = plain or not inputs.numel()  # oneDNN knows no empty matrices
     if plain or inputs.dtype != torch.float32 or weight.dtype != torch.float32:
         return nn.functional.linear(inputs, weight, bias)
+    if not torch.is_grad_enabled():
+        return _multiply(inputs, weight, bias)
     output: Tensor = _Product.apply(inputs, weight, bias)  # type: ignore[no-untyped-call]
     return output
+
+
+@functools.cache
+def cpu_is_intels() -> bool:
+    """Return whether this machine's CPU is Intel's."""
+    listing = Path("/proc/cpuinfo")
+    text = listing.read_text(errors="replace") if listing.exists() else platform.processor()
+    return "GenuineIntel" in text
 
 
 def _can_run(module: nn.Module) -> bool:
