@@ -154,6 +154,21 @@ def test_print_plan_shows_every_stage_both_log_prob_passes_and_what_to_run() -> 
         assert expected in text
 
 
+def test_plan_says_what_a_run_needs_that_computes_no_layer_twice() -> None:
+    asked = RunSettings()
+    keeping = replace(asked, gradient_checkpointing=False)
+
+    def verdict(settings: RunSettings, gpu_memory_gb: float) -> str:
+        return make_plan("Qwen2.5-1.5B", settings, gpu_memory_gb=gpu_memory_gb).verdict()
+
+    need = make_plan("Qwen2.5-1.5B", keeping, gpu_memory_gb=400).estimate.total_bytes
+    told = f"With {need / GB:.1f} GB it does without `gradient_checkpointing`"
+    assert told in verdict(asked, 400)
+    assert told in verdict(asked, need / GB / 0.9 + 0.01)  # a tenth of the GPU is not usable
+    assert "without" not in verdict(asked, need / GB / 0.9 - 0.01)
+    assert "without" not in verdict(keeping, 400)
+
+
 def test_to_dict_is_json_with_the_same_numbers() -> None:
     plan = make_plan("Llama-3-8B", ON_8, gpu_memory_gb=80)
     read = json.loads(json.dumps(plan.to_dict()))

@@ -86,7 +86,18 @@ class Plan:
             )
         return (
             f"fits: it needs {gb(need)} of the {gb(usable)} usable on a GPU, "
-            f"{gb(usable - need)} to spare."
+            f"{gb(usable - need)} to spare.{self._without_checkpointing()}"
+        )
+
+    def _without_checkpointing(self) -> str:
+        """A sentence for runs that compute layers twice and have the memory to do it once."""
+        keeping = replace(self.asked, gradient_checkpointing=False)
+        need = estimate_run(self.shape, keeping).total_bytes
+        if not self.asked.gradient_checkpointing or need > self.usable_bytes:
+            return ""
+        return (
+            f" With {gb(need)} it does without `gradient_checkpointing`, which computes every layer "
+            "twice, about a quarter of the update."
         )
 
     def assumptions(self) -> Iterator[str]:
