@@ -1,8 +1,9 @@
 """Linear layers on a CPU that multiply float32 in oneDNN where torch's default is slower.
 
 torch multiplies float32 matrices in MKL, which leaves out AVX-512 on CPUs that are not Intel's:
-there, oneDNN is twice as fast, and on Intel's it is a tenth slower. The operator is the one that ``torch.compile`` puts in the place of
-a linear layer; it has no derivative, which is here. Results differ by rounding.
+there, oneDNN is twice as fast, and on Intel's it is a tenth slower. The operator is the one that
+``torch.compile`` puts in the place of a linear layer; it has no derivative, which is here. Results
+differ by rounding.
 
 Shapes: ``N`` rows, ``I`` inputs, ``O`` outputs.
 """

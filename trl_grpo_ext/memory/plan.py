@@ -96,8 +96,8 @@ class Plan:
         if not self.asked.gradient_checkpointing or need > self.usable_bytes:
             return ""
         return (
-            f" With {gb(need)} it does without `gradient_checkpointing`, which computes every layer "
-            "twice, about a quarter of the update."
+            f" With {gb(need)} it does without `gradient_checkpointing`, which computes every "
+            "layer twice, about a quarter of the update."
         )
 
     def assumptions(self) -> Iterator[str]:
