@@ -94,6 +94,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "ours_without_graphs": {"group_sampler": "shared_prefill", "cuda_graphs": False},
     "ours_continuous": {"group_sampler": "continuous_batching"},
     "ours_without_onednn": {"onednn_linear": False},
+    "trl_without_checkpointing": {"gradient_checkpointing": False},
+    "ours_without_checkpointing": {"gradient_checkpointing": False},
 }
 NEVER = 10**9  # a stop token that no vocabulary has
 TOLERANCE = (
