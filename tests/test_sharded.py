@@ -21,16 +21,17 @@ RUN = '''
 import json, os, sys, warnings
 warnings.filterwarnings("ignore")
 model, out, kind, per_device, cases = *sys.argv[1:4], int(sys.argv[4]), json.loads(sys.argv[5])
-if kind == "fsdp2":
+if kind.startswith("fsdp2"):
     os.environ |= {
-        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+        "FSDP_RESHARD_AFTER_FORWARD": "false" if kind == "fsdp2-kept" else "true",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_OFFLOAD_PARAMS": "false",
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     }
 if kind.startswith("zero"):
     os.environ |= {
         "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": kind[-1], "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": kind[-1], "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
         "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
     }
 import torch
@@ -44,7 +45,7 @@ set_up = AcceleratorState.__init__
 def shard_on_a_cpu(self, *args, fsdp_plugin=None, **kwargs):
     """accelerate 1.15 reads the plugin on a GPU only."""
     set_up(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-    if kind == "fsdp2" and self.distributed_type == DistributedType.MULTI_CPU:
+    if kind.startswith("fsdp2") and self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
@@ -54,19 +55,23 @@ def digits(*, completions, **_):
     return [float(sum(c.isdigit() for c in text)) for text in completions]
 
 def run(name, options):
-    streams = options.pop("streams", False)
-    config = ExtGRPOConfig(
-        f"{out}/{name}", use_cpu=True, bf16=False, report_to=[], disable_tqdm=True,
+    streams, resumes = options.pop("streams", False), options.pop("resumes", False)
+    config = lambda: ExtGRPOConfig(
+        f"{out}/{name}", use_cpu=True, report_to=[], disable_tqdm=True,
         per_device_train_batch_size=per_device, per_device_eval_batch_size=per_device,
-        max_completion_length=8, learning_rate=1e-2, optim="sgd", logging_steps=1, seed=3,
-        save_strategy="no", gradient_checkpointing=False,
-        **{"num_generations": 4, "max_steps": 2, "group_sampler": "shared_prefill", **options},
+        max_completion_length=8, learning_rate=1e-2, logging_steps=1, seed=3,
+        gradient_checkpointing=False, save_strategy="steps" if resumes else "no", save_steps=2,
+        **dict(num_generations=4, max_steps=2, group_sampler="shared_prefill", bf16=False,
+               optim="sgd") | options,
     )
     data = Dataset.from_dict({"prompt": [f"{a} + {a} =" for a in range(8)]})
     evaluated, data = data.select(range(4)), data.to_iterable_dataset() if streams else data
     try:
-        trainer = ExtGRPOTrainer(model, digits, config, data, eval_dataset=evaluated)
+        trainer = ExtGRPOTrainer(model, digits, config(), data, eval_dataset=evaluated)
         trainer.train()
+        if resumes:  # once more from its checkpoint
+            trainer = ExtGRPOTrainer(model, digits, config(), data)
+            trainer.train(resume_from_checkpoint=f"{out}/{name}/checkpoint-2")
     except (ConfigurationError, RuntimeError) as error:  # on each process
         return {"refused": str(error)}
     weight = trainer.model.model.layers[0].mlp.up_proj.weight
@@ -76,6 +81,7 @@ def run(name, options):
         "sharded": hasattr(weight, "placements") or hasattr(weight, "ds_id"),
         "completions": list(trainer._logs["completion"]),
         "history": [{k: e[k] for k in keys if k in e} for e in trainer.state.log_history],
+        "kl": [entry["kl"] for entry in trainer.state.log_history if "kl" in entry],
         "weights": trainer.accelerator.get_state_dict(trainer.model_wrapped),
     }
 
@@ -119,18 +125,34 @@ if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 '''
 
+MOVES = {"beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 1, "max_steps": 3}
 CASES: dict[str, dict[str, Any]] = {
     "split-groups": {"num_generations": 8, "beta": 0.1},
     "reused-groups": {"gradient_accumulation_steps": 2, "num_iterations": 2, "beta": 0.1},
     "quantized": {"reference": "quantized", "reference_calibration_tokens": 300, "beta": 0.5},
     "streamed": {"reference": "streamed", "gradient_accumulation_steps": 2, "beta": 0.5},
+    "resident": {"reference": "resident", "beta": 0.5},
+    "mixes": {"reference": "resident", "ref_model_mixup_alpha": 0.6, **MOVES},
+    "follows": {
+        "reference": "quantized",
+        "reference_calibration_tokens": 300,
+        "ref_model_mixup_alpha": 1.0,
+        **MOVES,
+    },
+    "resumes": {
+        "reference": "quantized",
+        "reference_calibration_tokens": 300,
+        "ref_model_mixup_alpha": 1.0,
+        "resumes": True,
+        "optim": "adamw_torch",  # under FSDP2 torch loads no state of SGD, which has none
+        "adam_epsilon": 1e-2,  # or the signs of gradients that are all rounding would count
+        **MOVES,
+    },
     "streams": {"streams": True, "gradient_accumulation_steps": 2},
     "evaluates": {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True},
 }
 AUTO = {"group_sampler": "auto"}
 NOT_GATHERED = {"ds3_gather_for_generation": False}
-WHOLE_REFERENCE = ("quantized", "streamed")  # refused under ZeRO-3
-
 needs_deepspeed = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="needs deepspeed; docs/processes.md has what it showed"
 )
@@ -173,6 +195,7 @@ def zero(
 ) -> tuple[str, dict[str, Any]]:
     kind = str(request.param)
     cases = CASES | {"auto": AUTO, "in-step": AUTO | NOT_GATHERED, "refused": NOT_GATHERED}
+    cases |= {f"half-{kind}": CASES[kind] | {"bf16": True} for kind in ("quantized", "streamed")}
     return kind, launch(kind, tiny_model_dir, tmp_path_factory.mktemp(kind), cases)
 
 
@@ -193,6 +216,16 @@ def test_fsdp2_gives_what_one_process_gives(
     assert fsdp2[case].get("refused") is None
     assert (one[case]["sharded"], fsdp2[case]["sharded"]) == (False, True)
     assert_same_training(one[case], fsdp2[case])
+
+
+def test_a_reference_moves_that_fsdp2_keeps_whole_between_passes(
+    one: dict[str, Any], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    cases = {case: CASES[case] for case in ("mixes", "follows")}
+    two = launch("fsdp2-kept", tiny_model_dir, tmp_path, cases)
+    for case in cases:
+        assert two[case].get("refused") is None
+        assert_same_training(one[case], two[case])
 
 
 def test_sampling_is_left_to_trl_under_fsdp2_unless_gathering_is_asked_for(
@@ -219,11 +252,24 @@ def test_zero_gives_what_one_process_gives(
     one: dict[str, Any], zero: tuple[str, dict[str, Any]], case: str
 ) -> None:
     kind, two = zero
-    if kind == "zero3" and case in WHOLE_REFERENCE:
-        assert "no process holds the weights to build it from" in two[case]["refused"]
+    if (kind, case) == ("zero3", "mixes"):
+        assert "no process holds the weights to move it towards" in two[case]["refused"]
         return
+    assert two[case].get("refused") is None
     assert two[case]["sharded"] == (kind == "zero3")
     assert_same_training(one[case], two[case])
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["half-quantized", "half-streamed"])
+def test_zero_trains_in_bfloat16_with_a_reference_of_ours(
+    zero: tuple[str, dict[str, Any]], case: str
+) -> None:
+    found = zero[1][case]
+    assert found.get("refused") is None
+    first, last = found["kl"]
+    assert abs(first) < abs(last) < 0.01  # the policy is the reference, and moves away
 
 
 @needs_deepspeed

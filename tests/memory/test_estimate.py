@@ -127,8 +127,9 @@ def test_estimate_run_splits_a_full_reference_where_weights_are_split() -> None:
     assert parts_of()["reference"] == 4 * SIZE
     assert parts_of(sharding="zero2")["reference"] == 2 * SIZE
     assert parts_of(sharding="fsdp")["reference"] == 4 * SIZE / 8
-    quantized = parts_of(reference="quantized")["reference"]
-    assert parts_of(reference="quantized", sharding="fsdp")["reference"] == quantized
+    for whole, split in (("none", "fsdp"), ("zero2", "zero3")):
+        quantized = [parts_of(reference="quantized", sharding=x) for x in (whole, split)]
+        assert quantized[0]["reference"] == quantized[1]["reference"]
 
 
 def test_estimate_run_counts_what_sharding_costs() -> None:
@@ -235,7 +236,6 @@ def test_memory_estimate_table_leaves_out_what_takes_nothing() -> None:
         ({"num_generations": 1}, "--num-generations is 1"),
         ({"lora_rank": -1}, "A rank is negative"),
         ({"reference": "adapter"}, "no adapter to switch off. Add --lora RANK"),
-        ({"sharding": "zero3", "reference": "quantized"}, "Use --sharding fsdp or zero2"),
         ({"num_gpus": 1, "sharding": "fsdp"}, "Use --gpus 2 or more, or --sharding none"),
         ({"num_generations": 7}, "does not divide the 64 completions of a step"),
     ],

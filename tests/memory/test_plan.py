@@ -140,7 +140,7 @@ def test_print_plan_shows_every_stage_both_log_prob_passes_and_what_to_run() -> 
     for expected in (
         "ZeRO-1",
         "ZeRO-2",
-        "ZeRO-3: not with `reference: streamed`",
+        "ZeRO-3",
         "FSDP",
         "Log-prob pass of a micro-batch: padded",
         "with shared prefixes",
@@ -262,9 +262,12 @@ def test_a_budget_that_no_layer_has_is_refused(storage: ReferenceFormat, told: s
     assert told in found
 
 
-def test_recipe_lines_under_zero_3_take_the_reference_of_trl_and_gather_no_whole_model() -> None:
-    options = recipe_options("x/y", replace(ON_8, sharding="zero3"))
-    assert options["reference"] == "auto"
+@pytest.mark.parametrize(("kind", "expected"), [("resident", "auto"), ("streamed", "streamed")])
+def test_recipe_lines_under_zero_3_gather_no_whole_model_to_generate(
+    kind: Any, expected: str
+) -> None:
+    options = recipe_options("x/y", replace(ON_8, sharding="zero3", reference=kind))
+    assert options["reference"] == expected
     assert options["ds3_gather_for_generation"] is False
 
 

@@ -52,6 +52,7 @@ SEAMS = (
         ),
         names=(
             "create_model_from_path",
+            "prepare_deepspeed",
             "SyncRefModelCallback",
             "_tokenizer",
             "eos_token_ids",

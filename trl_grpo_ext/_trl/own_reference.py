@@ -26,6 +26,7 @@ from trl_grpo_ext.reference.sampling import (
     different_prompts,
 )
 from trl_grpo_ext.reference.store import FOLDER, ReferenceStore
+from trl_grpo_ext.reference.whole import blueprint, is_partitioned, near, whole_policy
 
 logger = logging.get_logger(__name__)
 
@@ -79,7 +80,11 @@ class OwnReference(ReferenceSeams):
             onednn=on_cpu and self.runs_onednn,
             progress=not self.args.disable_tqdm and self.is_local_process_zero(),
         )
-        with self.accelerator.main_process_first():
+        if self.shards_weights and self.args.sync_ref_model:
+            self.plan = blueprint(policy)
+        if is_partitioned(policy):
+            policy = whole_policy(policy, blueprint(policy))
+        with near(policy, self.accelerator.device), self.accelerator.main_process_first():
             reference = keeper.build(policy)
         self.reference_keeper = keeper
         return reference
@@ -112,11 +117,12 @@ class OwnReference(ReferenceSeams):
                 zero_stage=0,
             )
         )
-        if args.sync_ref_model and self.shards_weights and kind in ("streamed", "quantized"):
+        follows = kind == "streamed" or (kind == "quantized" and self.uses_fsdp1)
+        if args.sync_ref_model and self.shards_weights and follows:
             problems.append(
                 f"`sync_ref_model` is true and `reference` is {kind!r}, but the policy is sharded, "
                 "so that no process has the weights to move it towards. Set "
-                "`sync_ref_model: false`, or `reference: resident`."
+                "`sync_ref_model: false`, or `reference: auto`."
             )
         if problems:
             raise ConfigurationError(problems)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -24,16 +25,19 @@ from trl_grpo_ext._trl.logprobs import LogprobSeams
 from trl_grpo_ext.layerwise import decoder_layers, run_layerwise
 from trl_grpo_ext.reference.keeper import ReferenceKeeper
 from trl_grpo_ext.reference.layer_stream import streamed_layers
+from trl_grpo_ext.reference.whole import near, whole_policy
 from trl_grpo_ext.sampling.gathered import gathered_weights
+from trl_grpo_ext.zero3 import without_zero3
 
 
 class ReferenceSeams(LogprobSeams):
     """``trl.GRPOTrainer`` whose reference is built from the live policy and kept on disk."""
 
     reference_keeper: ReferenceKeeper | None
+    plan: PreTrainedModel | None  # to gather a sharded policy by, where the reference follows it
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.reference_keeper = None
+        self.reference_keeper = self.plan = None
         with _reference_from(self):
             super().__init__(*args, **kwargs)
         self._keep_reference()
@@ -60,6 +64,13 @@ class ReferenceSeams(LogprobSeams):
         return (
             grpo_trainer.create_model_from_path(*args, **kwargs) if reference is None else reference
         )
+
+    def _policy_to_follow(self, keeper: ReferenceKeeper) -> PreTrainedModel:
+        """The policy of this moment; whole where a reference is built from it."""
+        policy = self._causal_lm(self.model)
+        if self.plan is None or keeper.settings.kind != "quantized":
+            return policy
+        return whole_policy(policy, self.plan)
 
     @property
     def bare_reference(self) -> PreTrainedModel:
@@ -89,6 +100,20 @@ class ReferenceSeams(LogprobSeams):
         """Remove the saved references that no checkpoint of the run goes with any more."""
         if self.reference_keeper is not None and self.is_world_process_zero():
             self.reference_keeper.prune(run_dir)
+
+    def _get_per_token_logps_and_entropies(
+        self, model: nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Have TRL gather nothing of a reference that is whole on each process."""
+        if not self._is_whole_reference(model):
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        with without_zero3():
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    def _is_whole_reference(self, model: nn.Module) -> bool:
+        """Whether it is a reference of ours that nothing splits."""
+        keeper = self.reference_keeper if model is self.ref_model else None
+        return keeper is not None and keeper.settings.kind != "resident"
 
     def _shared_prefix_logprobs(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *args: Any, **kw: Any
@@ -128,12 +153,10 @@ class ReferenceCallback(TrainerCallback):
         if keeper is None or not trainer.args.sync_ref_model:
             return
         if state.global_step % trainer.args.ref_model_sync_steps == 0:
-            with trainer.accelerator.main_process_first():
-                keeper.sync(
-                    trainer.bare_reference,
-                    trainer._causal_lm(trainer.model),
-                    alpha=trainer.args.ref_model_mixup_alpha,
-                )
+            accelerator, alpha = trainer.accelerator, trainer.args.ref_model_mixup_alpha
+            policy = trainer._policy_to_follow(keeper)
+            with near(policy, accelerator.device), accelerator.main_process_first():
+                keeper.sync(trainer.bare_reference, policy, alpha=alpha)
             if keeper.settings.kind == "quantized":
                 trainer.log_fidelity()
 
@@ -143,9 +166,11 @@ def _reference_from(trainer: ReferenceSeams) -> Iterator[None]:
     """While TRL constructs ``trainer``, let the trainer provide the reference model.
 
     TRL calls ``create_model_from_path`` for the policy before ``Trainer.__init__`` sets
-    ``self.model``, and for the reference after it: that tells the two apart.
+    ``self.model``, and for the reference after it: that tells the two apart. DeepSpeed gets a
+    reference of ours as it is; ZeRO-3 would split what the quantized and the streamed kind keep
+    whole.
     """
-    load = grpo_trainer.create_model_from_path
+    load, prepare = grpo_trainer.create_model_from_path, grpo_trainer.prepare_deepspeed
 
     @functools.wraps(load)
     def load_policy_or_reference(*args: Any, **kwargs: Any) -> Any:
@@ -154,8 +179,29 @@ def _reference_from(trainer: ReferenceSeams) -> Iterator[None]:
         grpo_trainer.create_model_from_path = load
         return trainer.load_reference(*args, **kwargs)
 
+    @functools.wraps(prepare)
+    def prepare_model(model: nn.Module, accelerator: Accelerator) -> Any:
+        if not trainer._is_whole_reference(model):
+            return prepare(model, accelerator)
+        with _without_zero(accelerator):
+            return prepare(model, accelerator)
+
     grpo_trainer.create_model_from_path = load_policy_or_reference
+    grpo_trainer.prepare_deepspeed = prepare_model
     try:
         yield
     finally:
         grpo_trainer.create_model_from_path = load
+        grpo_trainer.prepare_deepspeed = prepare
+
+
+@contextmanager
+def _without_zero(accelerator: Accelerator) -> Iterator[None]:
+    """While inside, what DeepSpeed gets to prepare stays whole on each process."""
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    zero = config["zero_optimization"]
+    config["zero_optimization"] = {"stage": 0}
+    try:
+        yield
+    finally:
+        config["zero_optimization"] = zero

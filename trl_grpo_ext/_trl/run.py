@@ -68,6 +68,12 @@ class RunSeams(GRPOTrainer):
         return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
     @property
+    def uses_fsdp1(self) -> bool:
+        """Whether FSDP flattens the weights, so that they cannot be told apart."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return plugin is not None and plugin.fsdp_version == 1
+
+    @property
     def _checkpointing_kwargs(self) -> dict[str, Any] | None:
         return cast(dict[str, Any] | None, self.args.gradient_checkpointing_kwargs)
 

@@ -35,7 +35,7 @@ class Plan:
         gpu_bytes: Memory of one GPU.
         usable_bytes: Of those, without the reserve.
         host_bytes: Host memory of the machine; ``None`` if not given.
-        stages: What the settings asked for need with each kind of sharding that works with them.
+        stages: What the settings asked for need with each kind of sharding.
         suggestion: The first settings that fit, from those asked for to the most frugal; ``None``
             if none fits.
         enough_gpus: Where none fits, GPUs with which some would; ``None`` if even 1024 do not.
@@ -229,9 +229,7 @@ _MOMENTS = {
 def _stages(shape: ModelShape, asked: RunSettings) -> Iterator[tuple[Sharding, MemoryEstimate]]:
     stages: tuple[Sharding, ...] = get_args(Sharding) if asked.num_gpus > 1 else ("none",)
     for stage in stages:
-        settings = replace(asked, sharding=stage)
-        if not list(settings_problems(settings)):
-            yield stage, estimate_run(shape, settings)
+        yield stage, estimate_run(shape, replace(asked, sharding=stage))
 
 
 def _memory_problems(gpu_memory_gb: float, reserve: float) -> Iterator[str]:

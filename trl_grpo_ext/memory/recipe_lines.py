@@ -63,8 +63,9 @@ def launch_command(settings: RunSettings) -> str:
 def _reference_options(settings: RunSettings) -> dict[str, Any]:
     if settings.reference == "none":
         return {"beta": 0.0}
-    # Under ZeRO-3 only TRL's own copy can be had, which `auto` is.
-    kind = "auto" if settings.sharding == "zero3" else settings.reference
+    # TRL's own copy, which `auto` is there, takes ZeRO-3 no gathering.
+    trls = settings.sharding == "zero3" and settings.reference == "resident"
+    kind = "auto" if trls else settings.reference
     options: dict[str, Any] = {"beta": BETA, "reference": kind}
     if kind != "quantized":
         return options

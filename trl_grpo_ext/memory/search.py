@@ -18,8 +18,7 @@ MAX_GPUS = 1024
 T = TypeVar("T")
 
 _REFERENCES: tuple[ReferenceKind, ...] = ("resident", "streamed", "quantized")
-# ZeRO-1 saves less than ZeRO-2 and is no faster; ZeRO-3 splits what FSDP splits, but cannot build
-# a reference of ours.
+# ZeRO-1 saves less than ZeRO-2 and is no faster; ZeRO-3 splits what FSDP splits.
 _STAGES: tuple[Sharding, ...] = ("none", "zero2", "fsdp")
 _OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 

@@ -138,11 +138,6 @@ def settings_problems(settings: RunSettings) -> Iterator[str]:
             "--reference is adapter, but there is no adapter to switch off. "
             "Add --lora RANK, or use another reference."
         )
-    if settings.sharding == "zero3" and settings.reference in ("streamed", "quantized"):
-        yield (
-            f"--reference is {settings.reference}, but under ZeRO-3 no process holds the weights "
-            "to build it from. Use --sharding fsdp or zero2, or --reference resident."
-        )
     if settings.sharding != "none" and settings.num_gpus == 1:
         yield (
             f"--sharding is {settings.sharding}, but --gpus is 1, so there is nothing to share "

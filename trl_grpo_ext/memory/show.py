@@ -79,9 +79,6 @@ def _log_prob_lines(plan: Plan) -> Iterator[str]:
         f"Log-prob pass of a micro-batch: padded {gb(sizes['padded'])}, with shared prefixes "
         f"{gb(sizes['shared_prefix'])} ({counted} counted above)."
     )
-    if missing := set(_TITLES) - set(plan.stages) if plan.asked.num_gpus > 1 else set():
-        names = ", ".join(_TITLES[stage] for stage in _TITLES if stage in missing)
-        yield f"{names}: not with `reference: {plan.asked.reference}`."
     yield ""
 
 

@@ -45,8 +45,9 @@ def check_policy(policy: PreTrainedModel) -> None:
         )
     if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
         raise ReferenceModelError(
-            "The policy is partitioned by DeepSpeed ZeRO-3: no process holds its weights. "
-            "Set `reference: auto`, or use FSDP2 or ZeRO-2 with this reference."
+            "The policy is partitioned by DeepSpeed ZeRO-3: no process holds its weights. Let the "
+            "trainer build the reference, or build it from "
+            "`trl_grpo_ext.reference.whole.whole_policy(policy, blueprint(policy))`."
         )
     if any(parameter.device == torch.device("meta") for parameter in policy.parameters()):
         raise ReferenceModelError(

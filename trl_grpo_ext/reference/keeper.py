@@ -38,6 +38,7 @@ from trl_grpo_ext.reference.store import (
     replace_weights,
 )
 from trl_grpo_ext.reference.streamed import build_streamed_reference, mix_streamed
+from trl_grpo_ext.reference.whole import split_again
 
 logger = logging.get_logger(__name__)
 
@@ -288,5 +289,6 @@ def _changes(then: dict[str, Any], here: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def _mix(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
+    split_again(reference)
     for target, live in zip(reference.parameters(), policy.parameters(), strict=True):
         target.mul_(1.0 - alpha).add_(live.to(target.device), alpha=alpha)

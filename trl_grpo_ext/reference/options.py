@@ -219,10 +219,11 @@ def reference_problems(
             "`ref_model_mixup_alpha: 1.0` (the reference is then built anew), or "
             "`reference: streamed` or `resident`."
         )
-    if kind in ("resident", "streamed", "quantized") and zero_stage == 3:
+    if kind in ("resident", "streamed") and mixes and zero_stage == 3:
         yield (
-            f"`reference` is {kind!r}, but under DeepSpeed ZeRO-3 no process holds "
-            "the weights to build it from. Set `reference: auto`, or use FSDP2 or ZeRO-2."
+            f"`sync_ref_model` is true and `reference` is {kind!r}, but under DeepSpeed ZeRO-3 no "
+            "process holds the weights to move it towards. Set `reference: auto`, or "
+            "`sync_ref_model: false`."
         )
     yield from _number_problems(options)
     if options.reference_block_size in (None, *BLOCK_SIZES):

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from trl_grpo_ext.errors import ReferenceModelError
 from trl_grpo_ext.reference.layer_files import OUTSIDE_LAYERS, map_weights, save_weights
 from trl_grpo_ext.reference.layer_stream import Weights, named_tensors, streamed_layers
+from trl_grpo_ext.reference.whole import aligned, split_again
 
 FOLDER = "reference"  # beside the checkpoints
 NOTE = "reference.json"  # in a checkpoint: which reference its run has
@@ -163,6 +164,7 @@ def replace_weights(reference: PreTrainedModel, weights: Weights, *, mapped: boo
     Raises:
         KeyError: the reference has no such tensor.
     """
+    split_again(reference)
     layers = streamed_layers(reference)
     for layer in layers[:1]:
         layer.stream.forget()
@@ -176,7 +178,8 @@ def replace_weights(reference: PreTrainedModel, weights: Weights, *, mapped: boo
         elif mapped and id(held) in hosts:
             held.data = value
         else:
-            held.copy_(value)
+            own, part = aligned(held, value)
+            own.copy_(part)
 
 
 def _misfits(reference: PreTrainedModel, weights: Weights) -> set[str]:

@@ -5,7 +5,6 @@ Nothing of the model's folder runs, and torch's random numbers stay as they are.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator
 from typing import Any, cast
@@ -21,10 +20,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import deepspeed
 
 from trl_grpo_ext.errors import ConfigurationError
 from trl_grpo_ext.rewards.models.settings import Kind, ModelSettings, kind_problems, read_config
+from trl_grpo_ext.zero3 import without_zero3
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # No such model, an unknown kind, weights that are damaged or do not fit, no package, no memory.
@@ -104,24 +103,13 @@ def _from_pretrained(
         options["quantization_config"] = _bitsandbytes(settings, kind=kind, dtype=dtype)
         options["device_map"] = {"": home}
     generators = [home] if home.type == "cuda" else []  # a head that is missing would be drawn
-    with _whole(), torch.random.fork_rng(generators):
+    with without_zero3(), torch.random.fork_rng(generators):
         model, loaded = AUTO_MODELS[kind].from_pretrained(
             settings.model, output_loading_info=True, **options
         )
     if settings.quantization == "nf4":
         _keep_cpu_layout(model, dtype=dtype)
     return model if model.device == home else model.to(home), loaded
-
-
-@contextlib.contextmanager
-def _whole() -> Iterator[None]:
-    """Load the model whole, also under ZeRO-3, where transformers splits any that is loaded."""
-    zero3 = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = zero3
 
 
 def _dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
