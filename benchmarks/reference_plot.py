@@ -23,13 +23,13 @@ LINE = {
     "int8_rounded": "int8, rounded",
 }
 PLAIN = {"nf4": "plain NF4", "fp4": "plain FP4", "int8": "plain int8"}
-BESIDE = {
-    "nf4_rank8": "rank 8",
-    "nf4_rank16": "rank 16",
-    "nf4_rank32": "rank 32",
-    "nf4_rank64": "rank 64",
-    "nf4_rank32_distilled": "distilled",
+LOW_RANK = {
+    "nf4_rank8": "8",
+    "nf4_rank16": "16",
+    "nf4_rank32": "32",
+    "nf4_rank64": "64: low rank",
 }
+DISTILLED = {"nf4_rank32_distilled": "distilled"}
 NOT_DRAWN = ("resident", "streamed", "nf4_mixed_embeddings8")
 LABEL_GAP = 1.33  # least ratio of the heights of two labels
 
@@ -45,11 +45,12 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         axes = figure.subplots()
         axes.set_yscale("log")
         axes.set_xlim(min(bits) - 0.55, max(bits) + 0.9)
-        axes.set_ylim(min(floors) / 3, max(floors) * 1.6)
+        axes.set_ylim(min(floors) / 5, max(floors) * 1.6)
         axes.set_xlabel("bits a weight of the quantized layers, scales and factors included")
         axes.set_ylabel("KL floor (k3), nats a token")
         axes.set_title("What a bit buys", loc="left")
-        draw_line(axes, kinds, default=result["default"])
+        draw_line(axes, kinds, LOW_RANK, colour=GREY, offset=(0, 8))
+        draw_line(axes, kinds, LINE, colour=BLUE, offset=(-2, -17), default=result["default"])
         draw_plain(axes, kinds)
         draw_others(axes, kinds)
         if "streamed" in result["kinds"]:
@@ -57,21 +58,30 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         figure.savefig(path, dpi=120)
 
 
-def draw_line(axes: Axes, kinds: Mapping[str, Any], *, default: str) -> None:
-    """Draw the package's arms, the default one larger."""
-    names = [name for name in LINE if name in kinds]
+def draw_line(
+    axes: Axes,
+    kinds: Mapping[str, Any],
+    labels: Mapping[str, str],
+    *,
+    colour: str,
+    offset: tuple[int, int],
+    default: str | None = None,
+) -> None:
+    """Draw some of the package's arms, the default one larger; labels are so many points away."""
+    names = [name for name in labels if name in kinds]
     points = [position(kinds[name]) for name in names]
-    axes.plot([x for x, _ in points], [y for _, y in points], "-o", color=BLUE, linewidth=2)
+    axes.plot([x for x, _ in points], [y for _, y in points], "-o", color=colour, linewidth=2)
     for name, point in zip(names, points, strict=True):
         is_default = name == default
         if is_default:
-            axes.plot(*point, "o", color=BLUE, markersize=12)
+            axes.plot(*point, "o", color=colour, markersize=12)
         axes.annotate(
-            LINE[name] + (" (default)" if is_default else ""),
+            labels[name] + (" (default)" if is_default else ""),
             point,
-            xytext=(6, 6),
+            xytext=offset,
             textcoords="offset points",
-            color=BLUE,
+            ha="right" if offset[1] < 0 else "left",
+            color=colour,
             weight="bold" if is_default else "normal",
         )
 
@@ -87,18 +97,18 @@ def draw_plain(axes: Axes, kinds: Mapping[str, Any]) -> None:
 
 def draw_others(axes: Axes, kinds: Mapping[str, Any]) -> None:
     """Draw what is beside the line, labels on the right; hollow if it is not in the package."""
-    names = [name for name in kinds if name not in {*LINE, *PLAIN}]
+    names = [name for name in kinds if name not in {*LINE, *LOW_RANK, *PLAIN}]
     names.sort(key=lambda name: kinds[name]["kl_k3"])
     heights = spread([kinds[name]["kl_k3"] for name in names])
     for name, height in zip(names, heights, strict=True):
         x, y = position(kinds[name])
-        colour, fill = (BLUE, BLUE) if name in BESIDE else (VERMILION, "white")
+        colour, fill = (BLUE, BLUE) if name in DISTILLED else (VERMILION, "white")
         axes.plot([x + 0.07, x + 0.4], [y, height], color=GREY, linewidth=0.8)
         axes.plot(x, y, "o", color=colour, markerfacecolor=fill)
         axes.text(
             x + 0.43,
             height,
-            BESIDE.get(name, name),
+            DISTILLED.get(name, name),
             color=colour,
             va="center",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
