@@ -347,31 +347,23 @@ def test_auto_does_not_come_to_four_bits_that_would_move_a_part_of_the_way(
         ext_trainer(tiny_model_dir, tmp_path, sync_ref_model=True)
 
 
-def test_what_is_sharded_cannot_move_a_streamed_reference(
-    tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    changes = KINDS["streamed"] | SYNC | {"ref_model_mixup_alpha": 1.0}
-    trainer = ext_trainer(tiny_model_dir, tmp_path, **changes)
-    trainer.is_fsdp_enabled = True
-    with pytest.raises(ConfigurationError, match="but the policy is sharded"):
-        trainer.make_reference(trainer.model)
-
-
+@pytest.mark.parametrize("kind", ["streamed", "quantized"])
 @pytest.mark.parametrize(("version", "refused"), [(1, True), (2, False)])
-def test_fsdp1_cannot_move_a_quantized_reference(
+def test_fsdp1_cannot_move_a_whole_reference(
     version: int,
     refused: bool,
+    kind: str,
     tiny_model_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    changes = KINDS["quantized"] | SYNC | {"ref_model_mixup_alpha": 1.0}
+    changes = KINDS[kind] | SYNC | {"ref_model_mixup_alpha": 1.0}
     trainer = ext_trainer(tiny_model_dir, tmp_path, **changes)
     trainer.is_fsdp_enabled = True
     plugin = SimpleNamespace(fsdp_version=version)
     monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
     if refused:
-        with pytest.raises(ConfigurationError, match="but the policy is sharded"):
+        with pytest.raises(ConfigurationError, match="FSDP1 flattens the policy's weights"):
             trainer.make_reference(trainer.model)
     else:
         assert trainer.make_reference(trainer.model) is not None

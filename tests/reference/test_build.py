@@ -399,8 +399,9 @@ def test_a_policy_that_zero3_has_partitioned_is_refused(tiny_model: LlamaForCaus
     with pytest.raises(ReferenceModelError) as caught:
         build_reference(tiny_model, kind="resident")
     assert str(caught.value) == (
-        "The policy is partitioned by DeepSpeed ZeRO-3: no process holds its weights. "
-        "Set `reference: auto`, or use FSDP2 or ZeRO-2 with this reference."
+        "The policy is partitioned by DeepSpeed ZeRO-3: no process holds its weights. Let the "
+        "trainer build the reference, or build it from "
+        "`trl_grpo_ext.reference.whole.whole_policy(policy, blueprint(policy))`."
     )
 
 

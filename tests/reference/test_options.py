@@ -126,8 +126,8 @@ def test_identity_names_what_changes_the_weights_and_of_an_exact_reference_the_k
         ),
         ({"sync": True}, "Set `ref_model_mixup_alpha: 1.0` (the reference is then built anew)"),
         (
-            {"reference": "streamed", "sync": True, "zero": 3},
-            "no process holds the weights to move it towards. Set `reference: auto`",
+            {"reference": "resident", "sync": True, "zero": 3},
+            "so that no process can move it. Set `reference: auto`",
         ),
         ({"reference": "none"}, "`reference` is 'none', but `beta` is 0.1"),
     ],
@@ -146,6 +146,7 @@ def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> N
         {"reference": "resident", "sync": True, "zero": 2},
         {"reference": "auto", "zero": 3},
         {"sync": True, "alpha": 1.0, "zero": 3},
+        {"reference": "streamed", "sync": True, "zero": 3},
         {"reference_quantization": "int8", "reference_compensation": "low_rank"},
         {"reference_bits": 4.6},
         {"reference_bits": 4.6, "reference_compensation": "low_rank"},

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -226,9 +227,18 @@ def test_streamed_passes_under_autocast_equal_resident_ones(inside: bool) -> Non
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_prepared_streamed_passes_with_mixed_precision_equal_resident_ones() -> None:
+@pytest.fixture
+def bf16_accelerator() -> Iterator[Accelerator]:
+    AcceleratorState._reset_state()  # it is one for the whole process, and keeps its precision
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state()
+
+
+def test_prepared_streamed_passes_with_mixed_precision_equal_resident_ones(
+    bf16_accelerator: Accelerator,
+) -> None:
     """Accelerate's forward enters and leaves autocast within each pass."""
-    policy, accelerator = llama(), Accelerator(cpu=True, mixed_precision="bf16")
+    policy, accelerator = llama(), bf16_accelerator
     reference = build_streamed_reference(policy)
     models = [build_reference(policy, kind="resident"), reference]
     resident, streamed = (accelerator.prepare_model(m, evaluation_mode=True) for m in models)

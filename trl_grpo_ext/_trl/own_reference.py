@@ -117,11 +117,10 @@ class OwnReference(ReferenceSeams):
                 zero_stage=0,
             )
         )
-        follows = kind == "streamed" or (kind == "quantized" and self.uses_fsdp1)
-        if args.sync_ref_model and self.shards_weights and follows:
+        if args.sync_ref_model and kind in ("streamed", "quantized") and self.uses_fsdp1:
             problems.append(
-                f"`sync_ref_model` is true and `reference` is {kind!r}, but the policy is sharded, "
-                "so that no process has the weights to move it towards. Set "
+                f"`sync_ref_model` is true and `reference` is {kind!r}, but FSDP1 flattens the "
+                "policy's weights, so that it cannot move towards them. Use FSDP2, or set "
                 "`sync_ref_model: false`, or `reference: auto`."
             )
         if problems:
@@ -132,7 +131,7 @@ class OwnReference(ReferenceSeams):
         saves = self.args.save_strategy != "no"
         if kind == "quantized":
             saves = saves or self.accelerator.num_processes > 1
-        elif self.shards_weights:  # no process has all of it to save
+        elif kind == "resident" and self.shards_weights:  # no process has all of it to save
             saves = False
         if not saves and not self.options.reference_on_disk:
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,9 +66,9 @@ class ReferenceSeams(LogprobSeams):
         )
 
     def _policy_to_follow(self, keeper: ReferenceKeeper) -> PreTrainedModel:
-        """The policy of this moment; whole where a reference is built from it."""
+        """The policy of this moment; whole, unless the reference is split as it is."""
         policy = self._causal_lm(self.model)
-        if self.plan is None or keeper.settings.kind != "quantized":
+        if self.plan is None or keeper.settings.kind == "resident":
             return policy
         return whole_policy(policy, self.plan)
 
@@ -92,9 +92,14 @@ class ReferenceSeams(LogprobSeams):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Note in each checkpoint which reference it goes with."""
         super()._save_checkpoint(model, trial)
-        if self.reference_keeper is not None and self.is_world_process_zero():
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            self.reference_keeper.note_in(folder, self.bare_reference)
+        if self.reference_keeper is None:
+            return
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        is_whole = self._is_whole_reference(cast(nn.Module, self.ref_model))
+        # Of a streamed one FSDP2 has split embedding and head; a resident one is not saved then.
+        with gathered_weights(self.bare_reference) if is_whole else nullcontext():
+            if self.is_world_process_zero():
+                self.reference_keeper.note_in(folder, self.bare_reference)
 
     def prune_references(self, run_dir: Path) -> None:
         """Remove the saved references that no checkpoint of the run goes with any more."""

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trl_grpo_ext.errors import ReferenceModelError
+from trl_grpo_ext.reference.whole import is_partitioned
 
 
 def frozen_copy(policy: PreTrainedModel, memo: dict[int, Any]) -> PreTrainedModel:
@@ -43,7 +44,7 @@ def check_policy(policy: PreTrainedModel) -> None:
             "The policy is already quantized, "
             "so a reference cannot be built from its weights. Set `reference: auto`."
         )
-    if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
+    if is_partitioned(policy):
         raise ReferenceModelError(
             "The policy is partitioned by DeepSpeed ZeRO-3: no process holds its weights. Let the "
             "trainer build the reference, or build it from "

@@ -219,11 +219,11 @@ def reference_problems(
             "`ref_model_mixup_alpha: 1.0` (the reference is then built anew), or "
             "`reference: streamed` or `resident`."
         )
-    if kind in ("resident", "streamed") and mixes and zero_stage == 3:
+    if kind == "resident" and mixes and zero_stage == 3:
         yield (
-            f"`sync_ref_model` is true and `reference` is {kind!r}, but under DeepSpeed ZeRO-3 no "
-            "process holds the weights to move it towards. Set `reference: auto`, or "
-            "`sync_ref_model: false`."
+            "`sync_ref_model` is true and `reference` is 'resident', but DeepSpeed ZeRO-3 splits "
+            "it as it does the policy, so that no process can move it. Set `reference: auto` "
+            "(TRL moves its own), or `streamed`."
         )
     yield from _number_problems(options)
     if options.reference_block_size in (None, *BLOCK_SIZES):

@@ -36,6 +36,7 @@ from trl_grpo_ext.reference.layer_stream import (
     streamed_layers,
     views_of,
 )
+from trl_grpo_ext.reference.whole import aligned, split_again
 
 _FOLDER = "_streamed_from"  # attribute of a reference that lies in files: their folder
 _MIXED = "_streamed_mixed"  # attribute of one that was mixed: removes the files of that
@@ -148,6 +149,7 @@ def mix_streamed(reference: PreTrainedModel, policy: PreTrainedModel, *, alpha: 
     """
     layers = streamed_layers(reference)
     live = dict(policy.named_parameters(remove_duplicate=False))
+    split_again(reference)
     layers[0].stream.forget()
     if _FOLDER in vars(reference):
         _mix_files(reference, live, alpha)
@@ -203,7 +205,8 @@ def _host_layer(layer: nn.Module, prefix: str, weights: Weights, memo: dict[int,
 
 def _mix(parameters: Mapping[str, Tensor], live: Mapping[str, Tensor], alpha: float) -> None:
     for name, parameter in parameters.items():
-        parameter.copy_(_mixed(parameter, live[name], alpha))
+        own, part = aligned(parameter, live[name])
+        own.copy_(_mixed(own, part, alpha))
 
 
 def _mixed(parameter: Tensor, live: Tensor, alpha: float) -> Tensor:
