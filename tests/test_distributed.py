@@ -12,14 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-TRAIN = '''
-import json, logging, sys, warnings
+SCRIPT = '''
+import json, logging, sys, types, warnings
 warnings.filterwarnings("ignore")
-import torch
+import psutil, torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
 from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
-from trl_grpo_ext.reference import streamed_layers
+from trl_grpo_ext.layerwise import decoder_layers, run_layerwise
+from trl_grpo_ext.reference import (
+    QuantizedLinear, build_reference, build_streamed_reference, streamed_layers,
+)
 from trl_grpo_ext.reference.store import fingerprint
 
 told = []
@@ -28,7 +33,8 @@ handler.emit = lambda record: told.append(record.getMessage())
 logging.getLogger("trl_grpo_ext").addHandler(handler)
 logging.getLogger("trl_grpo_ext").setLevel(logging.INFO)
 
-model, out, per_device = sys.argv[1], sys.argv[2], int(sys.argv[3])
+model, out, cases = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+several = int(sys.argv[4]) > 1
 
 def rollout(prompts, trainer):
     """Completions that depend on prompt and place in the group only, not on the process."""
@@ -44,265 +50,224 @@ def digits(*, completions, **_):
     scores = [float(sum(c.isdigit() for c in text)) for text in completions]
     return [None if len(text) == 4 else score for text, score in zip(completions, scores)]
 
-config = ExtGRPOConfig(
-    out, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True,
-    per_device_train_batch_size=per_device, max_completion_length=8,
-    learning_rate=1e-2, optim="sgd", logging_steps=1, seed=3, gradient_checkpointing=False,
-    **{"num_generations": 4, "max_steps": 3, "save_strategy": "no", **json.loads(sys.argv[4])},
-)
-dataset = Dataset.from_dict({"prompt": [f"{a} + {a} =" for a in range(8)]})
-given = {"rollout_func": rollout} if config.group_sampler == "transformers" else {}
-trainer = ExtGRPOTrainer(model, digits, config, dataset, **given)
-trainer.train()
-reference = trainer.ref_model or torch.nn.Module()
-parts = [reference, *(layer.host for layer in streamed_layers(reference))]
-held = {f"{i} {k}": b for i, part in enumerate(parts) for k, b in part.named_buffers()}
-held |= {f"{i} {k}": p for i, part in enumerate(parts) for k, p in part.named_parameters()}
-bits = fingerprint(torch.nn.ParameterDict(
-    {k.replace(".", "/"): torch.nn.Parameter(t, requires_grad=False) for k, t in held.items()}
-))
-references = gather_object([bits])
-loads = gather_object([sum("reference: loaded" in text for text in told)])
-if trainer.accelerator.is_main_process:
+def trainer_of(name, options):
+    config = ExtGRPOConfig(
+        f"{out}/{name}", use_cpu=True, bf16=False, report_to=[], disable_tqdm=True,
+        max_completion_length=8, learning_rate=1e-2, optim="sgd", logging_steps=1, seed=3,
+        gradient_checkpointing=False,
+        **{"num_generations": 4, "max_steps": 3, "save_strategy": "no", **options},
+    )
+    dataset = Dataset.from_dict({"prompt": [f"{a} + {a} =" for a in range(8)]})
+    given = {"rollout_func": rollout} if config.group_sampler == "transformers" else {}
+    return ExtGRPOTrainer(model, digits, config, dataset, **given)
+
+def train(name, options):
+    told.clear()
+    trainer = trainer_of(name, options)
+    trainer.train()
+    reference = trainer.ref_model or torch.nn.Module()
+    parts = [reference, *(layer.host for layer in streamed_layers(reference))]
+    held = {f"{i} {k}": b for i, part in enumerate(parts) for k, b in part.named_buffers()}
+    held |= {f"{i} {k}": p for i, part in enumerate(parts) for k, p in part.named_parameters()}
+    bits = fingerprint(torch.nn.ParameterDict({
+        k.replace(".", "/"): torch.nn.Parameter(t, requires_grad=False) for k, t in held.items()
+    }))
     keys = ("loss", "reward", "kl", "grad_norm", "frac_reward_zero_std")
-    history = [{k: e[k] for k in keys if k in e} for e in trainer.state.log_history[:3]]
-    weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
-    advantages = list(trainer._logs["advantages"])
-    completions = list(trainer._logs["completion"])
-    result = {"history": history, "weights": weights, "advantages": advantages}
-    result |= {"completions": completions, "references": references, "loads": loads}
-    torch.save(result, out + ".pt")
-trainer.accelerator.end_training()
+    return {
+        "history": [{k: e[k] for k in keys if k in e} for e in trainer.state.log_history[:3]],
+        "weights": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
+        "advantages": list(trainer._logs["advantages"]),
+        "completions": list(trainer._logs["completion"]),
+        "references": gather_object([bits]),
+        "loads": gather_object([sum("reference: loaded" in text for text in told)]),
+    }
+
+def choose():
+    measured = psutil.virtual_memory
+    memory = types.SimpleNamespace(available=(10**12, 400_000)[torch.distributed.get_rank()])
+    psutil.virtual_memory = lambda: memory
+    options = {"beta": 0.1, "per_device_train_batch_size": 4}
+    kinds = gather_object([trainer_of("choose", options).reference_kind])
+    psutil.virtual_memory = measured
+    return kinds
+
+def shard(model):
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+@torch.no_grad()
+def shard_quantized():
+    reference = build_reference(AutoModelForCausalLM.from_pretrained(model))
+    ids = torch.arange(20)[None]
+    expected = reference(ids).logits
+    shard(reference)
+    found = reference(ids).logits
+    kept = [m for m in reference.modules() if isinstance(m, QuantizedLinear)]
+    whole = all(not hasattr(buffer, "placements") for m in kept for buffer in m.buffers())
+    norms = [p for layer in reference.model.layers for p in layer.parameters()]
+    sharded = all(hasattr(parameter, "placements") for parameter in norms)
+    return torch.equal(expected, found), whole, sharded, len(kept)
+
+@torch.no_grad()
+def shard_streamed():
+    reference = build_streamed_reference(AutoModelForCausalLM.from_pretrained(model))
+    batches = [torch.arange(20)[None], torch.arange(5, 30)[None]]
+    passes = [lambda ids=ids: reference(ids).logits for ids in batches]
+    expected = [run() for run in passes]
+    shard(reference)
+    found = run_layerwise(list(decoder_layers(reference)), passes)
+    return (
+        all(map(torch.equal, expected, found)),
+        hasattr(reference.model.embed_tokens.weight, "placements"),
+    )
+
+found = {name: train(name, options) for name, options in cases.items()}
+if several:
+    found |= {"choose": choose(), "shard-quantized": shard_quantized()}
+    found["shard-streamed"] = shard_streamed()
+if not several or torch.distributed.get_rank() == 0:
+    torch.save(found, out + ".pt")
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 '''
 
-
-SHARD = """
-import sys, warnings
-warnings.filterwarnings("ignore")
-import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
-from trl_grpo_ext.reference import QuantizedLinear, build_reference
-
-mesh = init_device_mesh("cpu", (2,))
-reference = build_reference(AutoModelForCausalLM.from_pretrained(sys.argv[1]))
-ids = torch.arange(20)[None]
-with torch.no_grad():
-    expected = reference(ids).logits
-    for layer in reference.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(reference, mesh=mesh)
-    found = reference(ids).logits
-kept = [m for m in reference.modules() if isinstance(m, QuantizedLinear)]
-whole = all(not hasattr(buffer, "placements") for m in kept for buffer in m.buffers())
-norms = [p for layer in reference.model.layers for p in layer.parameters()]
-sharded = all(hasattr(parameter, "placements") for parameter in norms)
-torch.save([torch.equal(expected, found), whole, sharded, len(kept)], sys.argv[2] + ".pt")
-torch.distributed.destroy_process_group()
-"""
-
-
-CHOOSE = """
-import sys, types, warnings
-warnings.filterwarnings("ignore")
-import psutil, torch
-from accelerate.utils import gather_object
-from datasets import Dataset
-from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
-
-config = ExtGRPOConfig(
-    sys.argv[2], use_cpu=True, bf16=False, report_to=[], save_strategy="no", beta=0.1,
-    per_device_train_batch_size=4, num_generations=4, max_completion_length=8, disable_tqdm=True,
-)
-rank = torch.distributed.get_rank()
-memory = types.SimpleNamespace(available=(10**12, 400_000)[rank])
-psutil.virtual_memory = lambda: memory
-data = Dataset.from_dict({"prompt": ["1 + 1"] * 4})
-trainer = ExtGRPOTrainer(sys.argv[1], lambda completions, **_: [0.0] * 4, config, data)
-kinds = gather_object([trainer.reference_kind])
-if rank == 0:
-    torch.save(kinds, sys.argv[2] + ".pt")
-torch.distributed.destroy_process_group()
-"""
+CASES: dict[str, dict[str, Any]] = {
+    "quantized-reference": {
+        "beta": 0.5,
+        "reference": "quantized",
+        "reference_calibration_tokens": 500,
+        "kl_clamp": 10.0,
+        "loss_type": "dapo",
+        "group_sampler": "transformers",
+    },
+    "batch-scale": {
+        "advantage_baseline": "leave_one_out",
+        "scale_rewards": "batch",
+        "loss_type": "grpo",
+        "group_sampler": "transformers",
+    },
+    "split-groups": {
+        "group_sampler": "shared_prefill",
+        "shared_prefix": "always",
+        "num_generations": 8,
+    },
+    "reused-groups": {
+        "group_sampler": "shared_prefill",
+        "shared_prefix": "always",
+        "num_iterations": 2,
+        "max_steps": 4,
+        "beta": 0.1,
+    },
+    "streamed": {"beta": 0.5, "reference": "streamed", "gradient_accumulation_steps": 2},
+}
+MICRO_BATCHES = {"group_sampler": "shared_prefill", "shared_prefix": "always"}
+MOVES = {"beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 2, "save_steps": 2}
+MOVING: dict[str, dict[str, Any]] = {
+    "moves-quantized": {"reference": "quantized", "ref_model_mixup_alpha": 1.0, **MOVES},
+    "moves-on-disk": {
+        "reference": "streamed",
+        "reference_on_disk": True,
+        "save_strategy": "steps",
+        **MOVES,
+    },
+}
 
 
-SHARD_STREAMED = """
-import sys, warnings
-warnings.filterwarnings("ignore")
-import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
-from trl_grpo_ext.layerwise import decoder_layers, run_layerwise
-from trl_grpo_ext.reference import build_streamed_reference
-
-mesh = init_device_mesh("cpu", (2,))
-reference = build_streamed_reference(AutoModelForCausalLM.from_pretrained(sys.argv[1]))
-batches = [torch.arange(20)[None], torch.arange(5, 30)[None]]
-passes = [lambda ids=ids: reference(ids).logits for ids in batches]
-with torch.no_grad():
-    expected = [run() for run in passes]
-    for layer in reference.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(reference, mesh=mesh)
-    found = run_layerwise(list(decoder_layers(reference)), passes)
-equal = all(map(torch.equal, expected, found))
-sharded = hasattr(reference.model.embed_tokens.weight, "placements")
-torch.save([equal, sharded], sys.argv[2] + ".pt")
-torch.distributed.destroy_process_group()
-"""
-
-
-def launch(script: str, folder: Path, *arguments: object, processes: int) -> Any:
-    """Run the script in some processes; return what they saved to ``<second argument>.pt``."""
-    path = folder / "script.py"
-    path.write_text(script)
+def launch(model: Path, folder: Path, cases: dict[str, Any], *, processes: int) -> dict[str, Any]:
+    """Run the cases one after the other, in so many processes; return what each gave."""
+    path, out = folder / "script.py", folder / f"out{processes}"
+    path.write_text(SCRIPT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    arguments = [str(model), str(out), json.dumps(cases), str(processes)]
     done = subprocess.run(
-        [*torchrun, "--nproc_per_node", str(processes), str(path), *map(str, arguments)],
+        [*torchrun, "--nproc_per_node", str(processes), str(path), *arguments],
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=280,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(f"{arguments[1]}.pt", weights_only=False)
+    found: dict[str, Any] = torch.load(f"{out}.pt", weights_only=False)
+    return found
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {
-            "beta": 0.5,
-            "reference": "quantized",
-            "reference_calibration_tokens": 500,
-            "kl_clamp": 10.0,
-            "loss_type": "dapo",
-            "group_sampler": "transformers",
-        },
-        {
-            "advantage_baseline": "leave_one_out",
-            "scale_rewards": "batch",
-            "loss_type": "grpo",
-            "group_sampler": "transformers",
-        },
-        {"group_sampler": "shared_prefill", "shared_prefix": "always", "num_generations": 8},
-        {
-            "group_sampler": "shared_prefill",
-            "shared_prefix": "always",
-            "num_iterations": 2,
-            "max_steps": 4,
-            "beta": 0.1,
-        },
-        pytest.param(
-            {"beta": 0.5, "reference": "streamed", "gradient_accumulation_steps": 2},
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=["quantized-reference", "batch-scale", "split-groups", "reused-groups", "streamed"],
-)
-def test_two_processes_give_what_one_gives(
-    tiny_model_dir: Path, tmp_path: Path, options: dict[str, Any]
-) -> None:
-    one, two = (
-        launch(
-            TRAIN,
-            tmp_path,
-            tiny_model_dir,
-            tmp_path / f"out{processes}",
-            8 // processes,
-            json.dumps(options),
-            processes=processes,
-        )
-        for processes in (1, 2)
-    )
+def cases_of(processes: int) -> dict[str, dict[str, Any]]:
+    """The same rows for one process and for two."""
+    of_8 = {name: {"per_device_train_batch_size": 8 // processes, **CASES[name]} for name in CASES}
+    steps = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2 // processes}
+    return {**of_8, "micro-batches": {**steps, **MICRO_BATCHES}}
+
+
+@pytest.fixture(scope="module")
+def one(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return launch(tiny_model_dir, tmp_path_factory.mktemp("one"), cases_of(1), processes=1)
+
+
+@pytest.fixture(scope="module")
+def two(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    moving = {name: {"per_device_train_batch_size": 4, **MOVING[name]} for name in MOVING}
+    cases = cases_of(2) | moving
+    return launch(tiny_model_dir, tmp_path_factory.mktemp("two"), cases, processes=2)
+
+
+def assert_same_samples_and_weights(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert one["completions"] == two["completions"]
     assert one["advantages"] == pytest.approx(two["advantages"], abs=1e-6)
     assert any(one["advantages"])
-    for left, right in zip(one["history"], two["history"], strict=True):
-        for key in left:
-            assert left[key] == pytest.approx(right[key], rel=1e-3, abs=1e-5), key
     for name, weight in one["weights"].items():
         torch.testing.assert_close(weight, two["weights"][name], atol=1e-5, rtol=1e-4)
-    assert two["references"] == one["references"] * 2  # bit for bit, on each process
-    quantized = options.get("reference") == "quantized"
-    assert one["loads"] + two["loads"] == [0, 0, int(quantized)]  # one process calibrates
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_what_one_gives(
+    one: dict[str, Any], two: dict[str, Any], case: str
+) -> None:
+    left, right = one[case], two[case]
+    assert_same_samples_and_weights(left, right)
+    for entry, other in zip(left["history"], right["history"], strict=True):
+        for key in entry:
+            assert entry[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5), key
+    assert right["references"] == left["references"] * 2  # bit for bit, on each process
+    quantized = CASES[case].get("reference") == "quantized"
+    assert left["loads"] + right["loads"] == [0, 0, int(quantized)]  # one process calibrates
 
 
 def test_two_processes_give_what_two_micro_batches_give(
-    tiny_model_dir: Path, tmp_path: Path
+    one: dict[str, Any], two: dict[str, Any]
 ) -> None:
-    options = {"group_sampler": "shared_prefill", "shared_prefix": "always"}
-    one, two = (
-        launch(
-            TRAIN,
-            tmp_path,
-            tiny_model_dir,
-            tmp_path / f"out{processes}",
-            4,
-            json.dumps({**options, "gradient_accumulation_steps": 2 // processes}),
-            processes=processes,
-        )
-        for processes in (1, 2)
-    )
-    assert one["completions"] == two["completions"]
-    assert one["advantages"] == pytest.approx(two["advantages"], abs=1e-6)
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(weight, two["weights"][name], atol=1e-5, rtol=1e-4)
+    assert_same_samples_and_weights(one["micro-batches"], two["micro-batches"])
 
 
 @pytest.mark.parametrize(
-    ("options", "loads"),
-    [
-        ({"reference": "quantized", "ref_model_mixup_alpha": 1.0}, [0, 2]),
-        pytest.param(
-            {"reference": "streamed", "reference_on_disk": True, "save_strategy": "steps"},
-            [0, 0],
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=["quantized", "on-disk"],
+    ("case", "loads"), [("moves-quantized", [0, 2]), ("moves-on-disk", [0, 0])]
 )
 def test_two_processes_move_the_reference_to_the_same_place(
-    tiny_model_dir: Path, tmp_path: Path, options: dict[str, Any], loads: list[int]
+    two: dict[str, Any], case: str, loads: list[int]
 ) -> None:
-    options = {"beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 2, **options}
-    options |= {"save_steps": 2}
-    out = tmp_path / "out"
-    two = launch(TRAIN, tmp_path, tiny_model_dir, out, 4, json.dumps(options), processes=2)
-    first, second = two["references"]
+    first, second = two[case]["references"]
     assert first == second
-    assert two["loads"] == loads
-    assert len(two["history"]) == 3
+    assert two[case]["loads"] == loads
+    assert len(two[case]["history"]) == 3
 
 
 def test_two_processes_choose_the_same_reference_where_their_memory_differs(
-    tiny_model_dir: Path, tmp_path: Path
+    two: dict[str, Any],
 ) -> None:
-    kinds = launch(CHOOSE, tmp_path, tiny_model_dir, tmp_path / "out", processes=2)
-    assert kinds == ["resident", "resident"]  # of the first process
+    assert two["choose"] == ["resident", "resident"]  # of the first process
 
 
-def test_a_quantized_reference_stays_whole_and_right_under_fsdp2(
-    tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    equal, whole, sharded, num_quantized = launch(
-        SHARD, tmp_path, tiny_model_dir, tmp_path / "out", processes=2
-    )
+def test_a_quantized_reference_stays_whole_and_right_under_fsdp2(two: dict[str, Any]) -> None:
+    equal, whole, sharded, num_quantized = two["shard-quantized"]
     assert equal
     assert whole
     assert sharded
     assert num_quantized == 14  # 7 linear layers in each of 2 layers
 
 
-@pytest.mark.slow
-def test_fsdp2_leaves_the_layers_of_a_streamed_reference_alone(
-    tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    equal, sharded = launch(SHARD_STREAMED, tmp_path, tiny_model_dir, tmp_path / "out", processes=2)
+def test_fsdp2_leaves_the_layers_of_a_streamed_reference_alone(two: dict[str, Any]) -> None:
+    equal, sharded = two["shard-streamed"]
     assert equal
     assert sharded
