@@ -130,6 +130,7 @@ if several:
 if not several or torch.distributed.get_rank() == 0:
     torch.save(found, out + ".pt")
 if torch.distributed.is_initialized():
+    torch.distributed.barrier()  # nobody is gone while another one still talks to it
     torch.distributed.destroy_process_group()
 '''
 

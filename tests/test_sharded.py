@@ -48,6 +48,8 @@ def shard_on_a_cpu(self, *args, fsdp_plugin=None, **kwargs):
     if kind.startswith("fsdp2") and self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        if self._mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
 AcceleratorState.__init__ = shard_on_a_cpu
 
@@ -59,10 +61,10 @@ def run(name, options):
     config = lambda: ExtGRPOConfig(
         f"{out}/{name}", use_cpu=True, report_to=[], disable_tqdm=True,
         per_device_train_batch_size=per_device, per_device_eval_batch_size=per_device,
-        max_completion_length=8, learning_rate=1e-2, logging_steps=1, seed=3,
+        max_completion_length=8, logging_steps=1, seed=3,
         gradient_checkpointing=False, save_strategy="steps" if resumes else "no", save_steps=2,
         **dict(num_generations=4, max_steps=2, group_sampler="shared_prefill", bf16=False,
-               optim="sgd") | options,
+               optim="sgd", learning_rate=1e-2) | options,
     )
     data = Dataset.from_dict({"prompt": [f"{a} + {a} =" for a in range(8)]})
     evaluated, data = data.select(range(4)), data.to_iterable_dataset() if streams else data
@@ -70,8 +72,10 @@ def run(name, options):
         trainer = ExtGRPOTrainer(model, digits, config(), data, eval_dataset=evaluated)
         trainer.train()
         if resumes:  # once more from its checkpoint
-            trainer = ExtGRPOTrainer(model, digits, config(), data)
-            trainer.train(resume_from_checkpoint=f"{out}/{name}/checkpoint-2")
+            checkpoint = f"{out}/{name}/checkpoint-2"
+            given = checkpoint if resumes == "with its weights" else model
+            trainer = ExtGRPOTrainer(given, digits, config(), data)
+            trainer.train(resume_from_checkpoint=checkpoint)
     except (ConfigurationError, RuntimeError) as error:  # on each process
         return {"refused": str(error)}
     weight = trainer.model.model.layers[0].mlp.up_proj.weight
@@ -122,36 +126,43 @@ if kind == "fsdp2":
 if os.environ.get("RANK", "0") == "0":
     torch.save(found, out + ".pt")
 if torch.distributed.is_initialized():
+    torch.distributed.barrier()  # nobody is gone while another one still talks to it
     torch.distributed.destroy_process_group()
 '''
 
 MOVES = {"beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 1, "max_steps": 3}
+RESUMES = {
+    "resumes": True,
+    "optim": "adamw_torch",  # under FSDP2 torch loads no state of SGD, which has none
+    "adam_epsilon": 1e-2,  # or the signs of gradients that are all rounding would count
+}
 CASES: dict[str, dict[str, Any]] = {
     "split-groups": {"num_generations": 8, "beta": 0.1},
     "reused-groups": {"gradient_accumulation_steps": 2, "num_iterations": 2, "beta": 0.1},
     "quantized": {"reference": "quantized", "reference_calibration_tokens": 300, "beta": 0.5},
     "streamed": {"reference": "streamed", "gradient_accumulation_steps": 2, "beta": 0.5},
-    "resident": {"reference": "resident", "beta": 0.5},
-    "mixes": {"reference": "resident", "ref_model_mixup_alpha": 0.6, **MOVES},
+    "resident": {
+        "reference": "resident",
+        "beta": 0.5,
+        "max_steps": 3,
+        **RESUMES,
+        "resumes": "with its weights",
+    },
+    "mixes": {"reference": "resident", "ref_model_mixup_alpha": 0.6, **MOVES, **RESUMES},
+    "moves": {"reference": "streamed", "ref_model_mixup_alpha": 0.6, **MOVES, **RESUMES},
     "follows": {
         "reference": "quantized",
         "reference_calibration_tokens": 300,
         "ref_model_mixup_alpha": 1.0,
         **MOVES,
+        **RESUMES,
     },
-    "resumes": {
-        "reference": "quantized",
-        "reference_calibration_tokens": 300,
-        "ref_model_mixup_alpha": 1.0,
-        "resumes": True,
-        "optim": "adamw_torch",  # under FSDP2 torch loads no state of SGD, which has none
-        "adam_epsilon": 1e-2,  # or the signs of gradients that are all rounding would count
-        **MOVES,
-    },
-    "moves": {"reference": "streamed", "ref_model_mixup_alpha": 0.6, "resumes": True, **MOVES}
-    | {"optim": "adamw_torch", "adam_epsilon": 1e-2},
     "streams": {"streams": True, "gradient_accumulation_steps": 2},
     "evaluates": {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True},
+}
+HALF: dict[str, dict[str, Any]] = {
+    f"half-{kind}": {"reference": kind, "beta": 0.5, "bf16": True, "learning_rate": 0.1}
+    for kind in ("quantized", "streamed", "resident")
 }
 AUTO = {"group_sampler": "auto"}
 NOT_GATHERED = {"ds3_gather_for_generation": False}
@@ -187,7 +198,7 @@ def one(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.fixture(scope="module")
 def fsdp2(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    cases = CASES | {"auto": AUTO}
+    cases = CASES | HALF | {"auto": AUTO}
     return launch("fsdp2", tiny_model_dir, tmp_path_factory.mktemp("fsdp2"), cases)
 
 
@@ -196,8 +207,7 @@ def zero(
     request: pytest.FixtureRequest, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, Any]]:
     kind = str(request.param)
-    cases = CASES | {"auto": AUTO, "in-step": AUTO | NOT_GATHERED, "refused": NOT_GATHERED}
-    cases |= {f"half-{kind}": CASES[kind] | {"bf16": True} for kind in ("quantized", "streamed")}
+    cases = CASES | HALF | {"auto": AUTO, "in-step": AUTO | NOT_GATHERED, "refused": NOT_GATHERED}
     return kind, launch(kind, tiny_model_dir, tmp_path_factory.mktemp(kind), cases)
 
 
@@ -254,24 +264,32 @@ def test_zero_gives_what_one_process_gives(
     one: dict[str, Any], zero: tuple[str, dict[str, Any]], case: str
 ) -> None:
     kind, two = zero
-    if (kind, case) == ("zero3", "mixes"):
-        assert "so that no process can move it" in two[case]["refused"]
-        return
     assert two[case].get("refused") is None
     assert two[case]["sharded"] == (kind == "zero3")
     assert_same_training(one[case], two[case])
 
 
+@pytest.mark.parametrize("case", HALF)
+def test_fsdp2_trains_in_bfloat16_with_a_reference_of_ours(
+    fsdp2: dict[str, Any], case: str
+) -> None:
+    assert_moves_away(fsdp2[case])
+
+
 @needs_deepspeed
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["half-quantized", "half-streamed"])
+@pytest.mark.parametrize("case", HALF)
 def test_zero_trains_in_bfloat16_with_a_reference_of_ours(
     zero: tuple[str, dict[str, Any]], case: str
 ) -> None:
-    found = zero[1][case]
+    assert_moves_away(zero[1][case])
+
+
+def assert_moves_away(found: dict[str, Any]) -> None:
+    """The policy is the reference, and moves away from it."""
     assert found.get("refused") is None
     first, last = found["kl"]
-    assert abs(first) < abs(last) < 0.01  # the policy is the reference, and moves away
+    assert abs(first) < abs(last) < 0.1
 
 
 @needs_deepspeed

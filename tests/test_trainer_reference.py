@@ -527,7 +527,7 @@ SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 2, "max_steps": 5, "beta
 
 @pytest.mark.parametrize("kind", ["resident", "streamed", "on disk"])
 def test_an_exact_reference_moves_as_trls_does_bit_for_bit(
-    kind: str, tiny_model_dir: Path, tmp_path: Path
+    kind: str, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = SYNC | {"ref_model_mixup_alpha": 0.6}
     trainer = ext_trainer(tiny_model_dir, tmp_path, **changes | KINDS[kind])
@@ -535,6 +535,7 @@ def test_an_exact_reference_moves_as_trls_does_bit_for_bit(
     assert SyncRefModelCallback.__name__ not in callbacks
     assert callbacks.count("ReferenceCallback") == 1
     ours = train(trainer)
+    monkeypatch.setattr(ExtGRPOTrainer, "_moves", lambda *_: False)
     plain = ext_trainer(tiny_model_dir, tmp_path, **changes)
     assert plain.reference_keeper is None  # TRL's own reference, and its callback
     theirs = train(plain)
@@ -560,19 +561,36 @@ def test_a_quantized_reference_that_moves_is_built_from_the_policy_of_that_step(
     assert set(notes(tmp_path).values()) == {trainer.reference_keeper.key}
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", [*KINDS, "auto"])
 def test_a_run_resumed_after_a_move_has_the_moved_reference(
     kind: str, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     alpha = 1.0 if kind in ("quantized", "mixed") else 0.6
     changes = SYNC | {"ref_model_mixup_alpha": alpha, "save_strategy": "steps", "save_steps": 3}
-    changes |= KINDS[kind]
+    changes |= KINDS.get(kind, {})
     whole = ext_trainer(tiny_model_dir, tmp_path, **changes)
     history, _ = train(whole)
     resumed = ext_trainer(tiny_model_dir, tmp_path, **changes)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     assert series(resumed.state.log_history, "kl") == series(history, "kl")
     assert same(tensors(resumed.ref_model), tensors(whole.ref_model))
+
+
+@pytest.mark.parametrize(("steps", "told"), [(2, True), (4, False)])
+def test_a_resume_without_the_moved_reference_says_so(
+    steps: int,
+    told: bool,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(ExtGRPOTrainer, "_moves", lambda *_: False)  # as where it cannot be saved
+    changes = SYNC | {"ref_model_sync_steps": steps, "save_strategy": "steps", "save_steps": 3}
+    train(ext_trainer(tiny_model_dir, tmp_path, **changes))
+    resumed = ext_trainer(tiny_model_dir, tmp_path, **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert ("had moved the reference by this step" in caplog.text) is told
 
 
 def test_moving_a_quantized_reference_leaves_the_random_state_alone(

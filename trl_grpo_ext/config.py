@@ -247,13 +247,11 @@ def configuration_problems(config: GRPOConfig) -> Iterator[str]:
             "itself, and exactly; two handlers would get in each other's way. Set "
             "`enable_jit_checkpoint: false`."
         )
-    plugin = getattr(config, "deepspeed_plugin", None)
     yield from reference_problems(
         options,
         beta=config.beta,
         mixes=config.sync_ref_model,
         mixup_alpha=config.ref_model_mixup_alpha,
-        zero_stage=0 if plugin is None else plugin.zero_stage,
     )
 
 

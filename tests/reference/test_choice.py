@@ -101,7 +101,7 @@ def test_sharded_weights_leave_the_reference_to_trl(monkeypatch: pytest.MonkeyPa
     settings = RunSettings(num_gpus=2, sharding="fsdp")
     choice = choose_kind(policy("cpu"), settings, device=torch.device("cpu"))
     assert choice.kind == "resident"
-    assert "TRL's own" in choice.reason
+    assert choice.reason == "each process holds a part of it"
 
 
 def test_a_policy_that_is_not_yet_on_its_device_needs_room_there_too(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import build_tiny_model, build_tiny_tokenizer
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from trl_grpo_ext.errors import ReferenceModelError
 from trl_grpo_ext.reference import (
@@ -56,6 +57,13 @@ def keeper(store: Path | None = None, **changes: Any) -> ReferenceKeeper:
     given: dict[str, Any] = {"settings": QUICK, "sample": data, "penalty": KLPenalty()}
     root = None if store is None else ReferenceStore(store / "reference")
     return ReferenceKeeper(**{**given, "store": root, **changes})
+
+
+def note(kept: ReferenceKeeper, checkpoint: Path, reference: PreTrainedModel) -> None:
+    """What the trainer does with each checkpoint."""
+    if kept.is_unsaved:
+        kept.save(reference)
+    kept.note_in(checkpoint)
 
 
 def never(_: Any) -> CalibrationData:
@@ -262,7 +270,7 @@ def test_a_resume_from_the_weights_of_a_checkpoint_has_the_reference_of_the_star
     first, checkpoint = keeper(tmp_path, settings=KINDS[kind]), tmp_path / "checkpoint-2"
     checkpoint.mkdir()
     reference = first.build(policy())
-    first.note_in(checkpoint, reference)
+    note(first, checkpoint, reference)
     for store in (tmp_path, tmp_path / "elsewhere"):
         resumed = keeper(store, settings=KINDS[kind])
         other = resumed.build(policy(seed=1))
@@ -271,7 +279,7 @@ def test_a_resume_from_the_weights_of_a_checkpoint_has_the_reference_of_the_star
         assert torch.equal(logits(other), logits(reference))
         assert resumed.fidelity == first.fidelity
         assert resumed.key == first.key
-        resumed.note_in(checkpoint, other)
+        note(resumed, checkpoint, other)
         assert torch.equal(logits(other), logits(reference))
         assert resumed.store is not None
         assert resumed.store.manifest(resumed.key) is not None
@@ -281,12 +289,12 @@ def test_a_run_that_saves_nothing_resumes_with_the_reference_of_the_start(tmp_pa
     first, checkpoint = keeper(tmp_path), tmp_path / "checkpoint-2"
     checkpoint.mkdir()
     reference = first.build(policy())
-    first.note_in(checkpoint, reference)
+    note(first, checkpoint, reference)
     resumed = keeper()
     other = resumed.build(policy(seed=1))
     resumed.resume(checkpoint, other)
     assert torch.equal(logits(other), logits(reference))
-    resumed.note_in(checkpoint, other)  # nothing to do
+    note(resumed, checkpoint, other)  # nothing to do
 
 
 @pytest.mark.parametrize(
@@ -306,7 +314,7 @@ def test_a_resume_with_other_settings_says_what_changed(
 ) -> None:
     first, checkpoint = keeper(tmp_path), tmp_path / "checkpoint-2"
     checkpoint.mkdir()
-    first.note_in(checkpoint, first.build(policy()))
+    note(first, checkpoint, first.build(policy()))
     other = keeper(tmp_path, settings=replace(QUICK, **changes))
     with pytest.raises(ReferenceModelError) as error:
         other.resume(checkpoint, other.build(policy()))
@@ -320,7 +328,7 @@ def test_a_resume_with_other_settings_says_what_changed(
 def test_a_resume_that_measures_otherwise_is_the_same_run(tmp_path: Path) -> None:
     first, checkpoint = keeper(tmp_path), tmp_path / "checkpoint-2"
     checkpoint.mkdir()
-    first.note_in(checkpoint, first.build(policy()))
+    note(first, checkpoint, first.build(policy()))
     other = keeper(tmp_path, settings=replace(QUICK, kl_target=0.05, max_floor=1.0), sample=never)
     other.resume(checkpoint, other.build(policy()))
     assert other.key == first.key
@@ -329,7 +337,7 @@ def test_a_resume_that_measures_otherwise_is_the_same_run(tmp_path: Path) -> Non
 def test_a_resume_whose_reference_is_gone_is_an_error(tmp_path: Path) -> None:
     first, checkpoint = keeper(tmp_path), tmp_path / "checkpoint-2"
     checkpoint.mkdir()
-    first.note_in(checkpoint, first.build(policy()))
+    note(first, checkpoint, first.build(policy()))
     (tmp_path / "reference").rename(tmp_path / "moved away")
     other = keeper(tmp_path)
     with pytest.raises(ReferenceModelError, match="There is no reference in"):
@@ -348,7 +356,7 @@ def test_a_checkpoint_without_a_note_changes_nothing(tmp_path: Path) -> None:
 def test_a_resume_takes_no_more_memory_than_the_start(kind: str, tmp_path: Path) -> None:
     first, checkpoint = keeper(tmp_path, settings=KINDS[kind]), tmp_path / "checkpoint-2"
     checkpoint.mkdir()
-    first.note_in(checkpoint, first.build(policy()))
+    note(first, checkpoint, first.build(policy()))
     resumed = keeper(tmp_path, settings=KINDS[kind])
     reference = resumed.build(policy(seed=1))
     weight = reference.model.layers[0].host.mlp.up_proj.weight
@@ -412,7 +420,7 @@ def test_checkpoints_before_and_after_a_move_have_their_own_reference(
     for step in range(3):
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir()
-        kept.note_in(checkpoint, reference)
+        note(kept, checkpoint, reference)
         expected.append(logits(reference))
         kept.sync(reference, policy(seed=step + 1), alpha=alpha)
     for step in range(3):
@@ -429,7 +437,7 @@ def test_a_reference_on_disk_moves_also_when_its_first_checkpoint_is_gone(tmp_pa
     checkpoint.mkdir()
     for seed in (1, 2):
         kept.sync(reference, policy(seed=seed), alpha=1.0)
-        kept.note_in(checkpoint, reference)
+        note(kept, checkpoint, reference)
     assert torch.equal(logits(reference), logits(policy(seed=2)))
 
 
@@ -443,7 +451,7 @@ def test_another_run_in_the_same_folder_does_not_take_the_moved_reference_of_the
         kept = keeper(tmp_path, settings=KINDS[kind])
         reference = kept.build(policy())
         kept.sync(reference, policy(seed=seed), alpha=0.6)
-        kept.note_in(checkpoint, reference)
+        note(kept, checkpoint, reference)
     resumed = keeper(tmp_path, settings=KINDS[kind])
     found = resumed.build(policy())
     resumed.resume(checkpoint, found)
@@ -456,7 +464,7 @@ def test_a_reference_on_disk_is_written_once(tmp_path: Path) -> None:
     assert kept.store is not None
     files = {path: path.stat().st_ino for path in kept.store.folder(kept.key).glob("*tensors")}
     assert len(files) == 3
-    kept.note_in(tmp_path, reference)
+    note(kept, tmp_path, reference)
     assert {path: path.stat().st_ino for path in files} == files
 
 

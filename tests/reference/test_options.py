@@ -15,9 +15,9 @@ from trl_grpo_ext.reference.options import (
 )
 
 
-def problems(*, sync: bool = False, alpha: float = 0.6, zero: int = 0, **options: Any) -> list[str]:
+def problems(*, sync: bool = False, alpha: float = 0.6, **options: Any) -> list[str]:
     given = ReferenceOptions(**{"reference": "quantized", **options})
-    return list(reference_problems(given, beta=0.1, mixes=sync, mixup_alpha=alpha, zero_stage=zero))
+    return list(reference_problems(given, beta=0.1, mixes=sync, mixup_alpha=alpha))
 
 
 def test_settings_are_four_calibrated_bits_when_nothing_is_set() -> None:
@@ -125,10 +125,6 @@ def test_identity_names_what_changes_the_weights_and_of_an_exact_reference_the_k
             "calibrates nothing. Remove one of them.",
         ),
         ({"sync": True}, "Set `ref_model_mixup_alpha: 1.0` (the reference is then built anew)"),
-        (
-            {"reference": "resident", "sync": True, "zero": 3},
-            "so that no process can move it. Set `reference: auto`",
-        ),
         ({"reference": "none"}, "`reference` is 'none', but `beta` is 0.1"),
     ],
 )
@@ -143,10 +139,7 @@ def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> N
         {},
         {"sync": True, "alpha": 1.0},
         {"reference": "streamed", "sync": True},
-        {"reference": "resident", "sync": True, "zero": 2},
-        {"reference": "auto", "zero": 3},
-        {"sync": True, "alpha": 1.0, "zero": 3},
-        {"reference": "streamed", "sync": True, "zero": 3},
+        {"reference": "resident", "sync": True},
         {"reference_quantization": "int8", "reference_compensation": "low_rank"},
         {"reference_bits": 4.6},
         {"reference_bits": 4.6, "reference_compensation": "low_rank"},

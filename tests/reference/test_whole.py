@@ -9,14 +9,18 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from trl_grpo_ext.errors import ReferenceModelError
 from trl_grpo_ext.reference import whole
 from trl_grpo_ext.reference.whole import (
     aligned,
     blueprint,
+    gathered,
     is_partitioned,
     near,
     split_again,
+    unsplit,
     whole_policy,
+    whole_shape,
 )
 
 IDS = torch.arange(6)[None]
@@ -65,10 +69,28 @@ def test_a_whole_policy_has_the_weights_of_the_moment() -> None:
     assert all(parameter.is_meta for parameter in plan.parameters())
 
 
+def test_a_copy_that_host_memory_has_no_room_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = tied()
+    num_bytes = sum(parameter.nbytes for parameter in policy.parameters())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(whole, "available_host_bytes", lambda: 2 * num_bytes)
+    whole_policy(policy, blueprint(policy))
+    monkeypatch.setattr(whole, "available_host_bytes", lambda: 2 * num_bytes - 2)
+    with pytest.raises(ReferenceModelError, match="each process gathers all"):
+        whole_policy(policy, blueprint(policy))
+
+
 def test_what_nothing_splits_is_its_own_part() -> None:
     policy, value = tied(), torch.ones(3)
     target = torch.zeros(3)
     assert aligned(target, value) == (target, value)
+    assert gathered(target) is target
+    assert whole_shape(target) == (3,)
+    with unsplit(target, writes=True):
+        target.add_(1)
+    assert torch.equal(target, value)
     split_again(policy)
     assert not is_partitioned(policy)
     policy.lm_head.weight.ds_id = 0  # type: ignore[attr-defined]

@@ -53,7 +53,7 @@ class OwnReference(ReferenceSeams):
     @property
     def reference_source(self) -> str:
         """What the KL is measured against, so that a resumed run can compare."""
-        if self.reference_keeper is not None or self.ref_model is None:
+        if self.ref_model is None or self.saves_reference:
             return self.reference_kind
         return f"{self.reference_kind}, loaded from {self._causal_lm(self.model).name_or_path}"
 
@@ -62,7 +62,7 @@ class OwnReference(ReferenceSeams):
         kind, reason = self._choose_reference(policy)
         self._tell_reference(kind, reason)
         self._check_sync(kind)
-        if self.options.reference == "auto" and kind == "resident":
+        if self.options.reference == "auto" and kind == "resident" and not self._moves(policy):
             return None
         on_cpu = self.accelerator.device.type == "cpu"
         if on_cpu and self.runs_onednn:
@@ -89,6 +89,11 @@ class OwnReference(ReferenceSeams):
         self.reference_keeper = keeper
         return reference
 
+    def _moves(self, policy: PreTrainedModel) -> bool:
+        """Whether a copy moves that a resume should have back, which TRL does not save."""
+        can = not self.reads_images and not self.uses_fsdp1 and not is_partitioned(policy)
+        return self.args.sync_ref_model and can
+
     def _tell_reference(self, kind: ReferenceKind, reason: str) -> None:
         self.reference_kind, self.reference_reason = kind, reason
         logger.info(f"reference: {kind} ({reason})")
@@ -114,7 +119,6 @@ class OwnReference(ReferenceSeams):
                 beta=args.beta,
                 mixes=args.sync_ref_model,
                 mixup_alpha=args.ref_model_mixup_alpha,
-                zero_stage=0,
             )
         )
         if args.sync_ref_model and kind in ("streamed", "quantized") and self.uses_fsdp1:
@@ -131,7 +135,7 @@ class OwnReference(ReferenceSeams):
         saves = self.args.save_strategy != "no"
         if kind == "quantized":
             saves = saves or self.accelerator.num_processes > 1
-        elif kind == "resident" and self.shards_weights:  # no process has all of it to save
+        elif self.uses_fsdp1:  # it flattens weights, so that they cannot be gathered one by one
             saves = False
         if not saves and not self.options.reference_on_disk:
             return None

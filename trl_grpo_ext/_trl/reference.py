@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -18,6 +19,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 from trl.trainer import grpo_trainer
 from trl.trainer.callbacks import SyncRefModelCallback
 
@@ -28,6 +31,8 @@ from trl_grpo_ext.reference.layer_stream import streamed_layers
 from trl_grpo_ext.reference.whole import near, whole_policy
 from trl_grpo_ext.sampling.gathered import gathered_weights
 from trl_grpo_ext.zero3 import without_zero3
+
+logger = logging.get_logger(__name__)
 
 
 class ReferenceSeams(LogprobSeams):
@@ -73,6 +78,11 @@ class ReferenceSeams(LogprobSeams):
         return whole_policy(policy, self.plan)
 
     @property
+    def saves_reference(self) -> bool:
+        """Whether checkpoints go with a saved reference."""
+        return self.reference_keeper is not None and self.reference_keeper.store is not None
+
+    @property
     def bare_reference(self) -> PreTrainedModel:
         """The reference model below the wrappers of accelerate."""
         return self._causal_lm(cast(nn.Module, self.ref_model))
@@ -84,22 +94,47 @@ class ReferenceSeams(LogprobSeams):
         **kwargs: Any,
     ) -> Any:
         """Train; a resumed run has the reference that it started with."""
-        if self.reference_keeper is not None and isinstance(resume_from_checkpoint, str):
-            self.reference_keeper.resume(Path(resume_from_checkpoint), self.bare_reference)
+        if isinstance(resume_from_checkpoint, str):
+            self._resume_reference(Path(resume_from_checkpoint))
         self.log_fidelity()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _resume_reference(self, checkpoint: Path) -> None:
+        if self.reference_keeper is not None:
+            self.reference_keeper.resume(checkpoint, self.bare_reference)
+        if self.ref_model is None or self.saves_reference or not self.args.sync_ref_model:
+            return
+        step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+        if step >= self.args.ref_model_sync_steps and self.is_world_process_zero():
+            logger.warning(
+                "`sync_ref_model` had moved the reference by this step, but no checkpoint holds "
+                "TRL's own copy, nor what FSDP1 has split: the KL goes on against the model that "
+                "this run was given. `reference: resident` is saved and resumed, but for FSDP1."
+            )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Note in each checkpoint which reference it goes with."""
         super()._save_checkpoint(model, trial)
-        if self.reference_keeper is None:
+        keeper, writes = self.reference_keeper, self.is_world_process_zero()
+        if keeper is None:
             return
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        is_whole = self._is_whole_reference(cast(nn.Module, self.ref_model))
-        # Of a streamed one FSDP2 has split embedding and head; a resident one is not saved then.
-        with gathered_weights(self.bare_reference) if is_whole else nullcontext():
-            if self.is_world_process_zero():
-                self.reference_keeper.note_in(folder, self.bare_reference)
+        unsaved = [keeper.is_unsaved]
+        broadcast_object_list(unsaved)  # all must save one that is split, and disks may differ
+        if unsaved[0]:
+            keeper.save(self.bare_reference, writes=writes)
+        if writes:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            keeper.note_in(folder)
+
+    def move_reference(self, keeper: ReferenceKeeper) -> None:
+        """Move the reference towards the policy of this moment, as ``sync_ref_model`` asks."""
+        alpha, policy = self.args.ref_model_mixup_alpha, self._policy_to_follow(keeper)
+        if keeper.settings.kind != "quantized":
+            keeper.sync(self.bare_reference, policy, alpha=alpha)
+            return
+        with near(policy, self.accelerator.device), self.accelerator.main_process_first():
+            keeper.sync(self.bare_reference, policy, alpha=alpha)
+        self.log_fidelity()
 
     def prune_references(self, run_dir: Path) -> None:
         """Remove the saved references that no checkpoint of the run goes with any more."""
@@ -158,12 +193,7 @@ class ReferenceCallback(TrainerCallback):
         if keeper is None or not trainer.args.sync_ref_model:
             return
         if state.global_step % trainer.args.ref_model_sync_steps == 0:
-            accelerator, alpha = trainer.accelerator, trainer.args.ref_model_mixup_alpha
-            policy = trainer._policy_to_follow(keeper)
-            with near(policy, accelerator.device), accelerator.main_process_first():
-                keeper.sync(trainer.bare_reference, policy, alpha=alpha)
-            if keeper.settings.kind == "quantized":
-                trainer.log_fidelity()
+            trainer.move_reference(keeper)
 
 
 @contextmanager

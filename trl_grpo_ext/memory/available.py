@@ -10,10 +10,12 @@ import torch
 def available_memory_bytes() -> int:
     """Return the free bytes of the current CUDA device, or of the host when there is none.
 
-    A limit that a container sets on the host's memory (cgroup v2) is honoured.
+    What torch's allocator keeps there and does not use is free for this process. A limit that a
+    container sets on the host's memory (cgroup v2) is honoured.
     """
     if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + kept
     return available_host_bytes()
 
 

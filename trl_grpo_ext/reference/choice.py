@@ -38,7 +38,7 @@ def choose_kind(
     host = available_host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = host if on_host else available_memory_bytes()
     if settings.shards_weights:
-        return ReferenceChoice("resident", "TRL's own, of which each process holds a part")
+        return ReferenceChoice("resident", "each process holds a part of it")
     if free > _SURELY * copy_bytes:
         return choose_reference(
             parameter_bytes=copy_bytes, streamed_device_bytes=0, free_device_bytes=free

@@ -38,7 +38,7 @@ from trl_grpo_ext.reference.store import (
     replace_weights,
 )
 from trl_grpo_ext.reference.streamed import build_streamed_reference, mix_streamed
-from trl_grpo_ext.reference.whole import split_again
+from trl_grpo_ext.reference.whole import split_again, unsplit
 
 logger = logging.get_logger(__name__)
 
@@ -93,7 +93,7 @@ class ReferenceKeeper:
                 self._restore(self.store, self.key, reference)
             else:
                 self._calibrate(reference, policy)
-                self._save(reference)
+                self.save(reference)
             self._tell_fidelity()
         logger.info(f"reference: {self.settings.kind}, {summarize_reference(reference)}")
         return reference
@@ -199,13 +199,20 @@ class ReferenceKeeper:
 
     # Beside the checkpoints -----------------------------------------------------------------------
 
-    def note_in(self, checkpoint: Path, reference: PreTrainedModel) -> None:
-        """Note in a checkpoint which reference it goes with, and save that if it is not yet."""
-        if self.store is None:
-            return
-        if self.store.manifest(self.key) is None:
-            self._save(reference)
-        self.store.note(checkpoint, self.key)
+    @property
+    def is_unsaved(self) -> bool:
+        """Whether the reference of this moment should be saved, and is not yet."""
+        return self.store is not None and self.store.manifest(self.key) is None
+
+    def save(self, reference: PreTrainedModel, *, writes: bool = True) -> None:
+        """Save the reference; if it is split over processes, each calls it, and one writes."""
+        if self.store is not None:
+            self.store.save(self.key, reference, self._manifest(), writes=writes)
+
+    def note_in(self, checkpoint: Path) -> None:
+        """Note in a checkpoint which reference it goes with."""
+        if self.store is not None:
+            self.store.note(checkpoint, self.key)
 
     def prune(self, run_dir: Path) -> None:
         """Remove the saved references that no checkpoint of the folder goes with any more."""
@@ -242,10 +249,6 @@ class ReferenceKeeper:
         self.fidelity = None if fidelity is None else ReferenceFidelity(**fidelity)
         logger.info(f"reference: loaded from {store.folder(key)}")
 
-    def _save(self, reference: PreTrainedModel) -> None:
-        if self.store is not None:
-            self.store.save(self.key, reference, self._manifest())
-
     def _manifest(self) -> dict[str, Any]:
         settings = {
             name: list(value) if isinstance(value, tuple) else value  # as JSON reads it back
@@ -261,7 +264,8 @@ class ReferenceKeeper:
 
         Args:
             reference: Changed in place.
-            policy: As it is now, not wrapped.
+            policy: As it is now, not wrapped. Only for a resident reference, which is split as it
+                is, may processes hold parts of it; every one must call this then.
             alpha: 1 makes the reference the policy of this moment.
         """
         if self.settings.kind == "quantized":
@@ -291,4 +295,5 @@ def _changes(then: dict[str, Any], here: dict[str, Any]) -> str:
 def _mix(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
     split_again(reference)
     for target, live in zip(reference.parameters(), policy.parameters(), strict=True):
-        target.mul_(1.0 - alpha).add_(live.to(target.device), alpha=alpha)
+        with unsplit(live), unsplit(target, writes=True):
+            target.mul_(1.0 - alpha).add_(live.to(target.device), alpha=alpha)

@@ -192,7 +192,7 @@ class ReferenceSettings:
 
 
 def reference_problems(
-    options: ReferenceOptions, *, beta: float, mixes: bool, mixup_alpha: float, zero_stage: int
+    options: ReferenceOptions, *, beta: float, mixes: bool, mixup_alpha: float
 ) -> Iterator[str]:
     """Yield what cannot work in the options of the reference.
 
@@ -201,7 +201,6 @@ def reference_problems(
         beta: Weight of the KL penalty.
         mixes: Whether ``sync_ref_model`` is on.
         mixup_alpha: How far it moves the reference towards the policy.
-        zero_stage: Of DeepSpeed; 0 without.
     """
     kind = options.reference
     keep: object = options.reference_keep_modules
@@ -218,12 +217,6 @@ def reference_problems(
             "weights cannot be moved a part of the way towards the policy. Set "
             "`ref_model_mixup_alpha: 1.0` (the reference is then built anew), or "
             "`reference: streamed` or `resident`."
-        )
-    if kind == "resident" and mixes and zero_stage == 3:
-        yield (
-            "`sync_ref_model` is true and `reference` is 'resident', but DeepSpeed ZeRO-3 splits "
-            "it as it does the policy, so that no process can move it. Set `reference: auto` "
-            "(TRL moves its own), or `streamed`."
         )
     yield from _number_problems(options)
     if options.reference_block_size in (None, *BLOCK_SIZES):

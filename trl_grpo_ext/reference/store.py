@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from trl_grpo_ext.errors import ReferenceModelError
 from trl_grpo_ext.reference.layer_files import OUTSIDE_LAYERS, map_weights, save_weights
 from trl_grpo_ext.reference.layer_stream import Weights, named_tensors, streamed_layers
-from trl_grpo_ext.reference.whole import aligned, split_again
+from trl_grpo_ext.reference.whole import aligned, gathered, split_again, unsplit, whole_shape
 
 FOLDER = "reference"  # beside the checkpoints
 NOTE = "reference.json"  # in a checkpoint: which reference its run has
@@ -33,12 +33,13 @@ _MANIFEST = "manifest.json"
 def fingerprint(model: nn.Module) -> str:
     """Return a hash of a model's weights: SHA-256 of names, types, shapes and bytes.
 
-    Reads all weights once: about a second a gigabyte.
+    Reads all weights once: about a second a gigabyte. Of a model that is split over processes,
+    every one must call it.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_bytes(tensor))
+        digest.update(f"{name} {tensor.dtype} {tuple(whole_shape(tensor))}\n".encode())
+        digest.update(_bytes(gathered(tensor)))
     return digest.hexdigest()
 
 
@@ -70,19 +71,41 @@ class ReferenceStore:
         """Return where the reference of this name is, or would be."""
         return self.root / key
 
-    def save(self, key: str, reference: PreTrainedModel, manifest: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        key: str,
+        reference: PreTrainedModel,
+        manifest: Mapping[str, Any],
+        *,
+        writes: bool = True,
+    ) -> None:
         """Write a reference; it is there whole, with its manifest, or not at all.
+
+        Args:
+            key: Its name.
+            reference: If it is split over processes, every one must call this.
+            manifest: What it was made of.
+            writes: Whether this process is the one that writes.
 
         Raises:
             ReferenceModelError: the disk is too small.
         """
         folder = self.root / key
-        folder.mkdir(parents=True, exist_ok=True)
+        split_again(reference)
         files = dict(_stored(reference))
-        _check_disk(folder, sum(t.nbytes for weights in files.values() for t in weights.values()))
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            _check_disk(folder, sum(_num_bytes(t) for of in files.values() for t in of.values()))
         for stem, weights in files.items():
-            save_weights(weights, folder / f"{stem}.safetensors")
-        self.describe(key, manifest)
+            whole: Weights = {}
+            for name, tensor in weights.items():
+                value = gathered(tensor)
+                if writes:
+                    whole[name] = value
+            if writes:
+                save_weights(whole, folder / f"{stem}.safetensors")
+        if writes:
+            self.describe(key, manifest)
 
     def describe(self, key: str, manifest: Mapping[str, Any]) -> None:
         """Write the manifest of a reference whose weights are there: that makes it a saved one."""
@@ -178,8 +201,9 @@ def replace_weights(reference: PreTrainedModel, weights: Weights, *, mapped: boo
         elif mapped and id(held) in hosts:
             held.data = value
         else:
-            own, part = aligned(held, value)
-            own.copy_(part)
+            with unsplit(held, writes=True):
+                own, part = aligned(held, value)
+                own.copy_(part)
 
 
 def _misfits(reference: PreTrainedModel, weights: Weights) -> set[str]:
@@ -189,7 +213,9 @@ def _misfits(reference: PreTrainedModel, weights: Weights) -> set[str]:
     """
     expected = {name: t for _, tensors in _stored(reference) for name, t in tensors.items()}
     others = {
-        name for name in weights.keys() & expected if weights[name].shape != expected[name].shape
+        name
+        for name in weights.keys() & expected
+        if weights[name].shape != whole_shape(expected[name])
     }
     return (expected.keys() - weights) | (weights.keys() - _owners(reference)) | others
 
@@ -209,6 +235,10 @@ def _owners(reference: PreTrainedModel) -> dict[str, tuple[nn.Module, str]]:
 def _device(module: nn.Module) -> torch.device:
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return whole_shape(tensor).numel() * tensor.element_size()
 
 
 def _check_disk(folder: Path, num_bytes: int) -> None:

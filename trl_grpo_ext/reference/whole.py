@@ -1,8 +1,9 @@
-"""A policy that its processes hold in parts (FSDP2, DeepSpeed ZeRO-3), whole on each of them."""
+"""Models that their processes hold in parts (FSDP2, DeepSpeed ZeRO-3), and whole copies of them."""
 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from trl_grpo_ext.memory import available_memory_bytes
+from trl_grpo_ext.errors import ReferenceModelError
+from trl_grpo_ext.memory import available_host_bytes, available_memory_bytes
 
 _ROOM = 2  # times the bytes of the weights: what has to be free on a device to calibrate there
 
@@ -28,7 +30,11 @@ def blueprint(policy: PreTrainedModel) -> PreTrainedModel:
 
     It is drawn before the trainer wraps the policy; what wraps it cannot be copied.
     """
-    return _rebuilt(policy, [_on_meta(parameter) for parameter in policy.parameters()])
+    plan = _rebuilt(policy, [_on_meta(parameter) for parameter in policy.parameters()])
+    for module in plan.modules():  # where whole policies are, not where ZeRO-3 loads
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.cpu()
+    return plan
 
 
 def whole_policy(policy: PreTrainedModel, plan: PreTrainedModel) -> PreTrainedModel:
@@ -39,8 +45,16 @@ def whole_policy(policy: PreTrainedModel, plan: PreTrainedModel) -> PreTrainedMo
     Args:
         policy: Split by FSDP2 or ZeRO-3; not changed.
         plan: Its :func:`blueprint`.
+
+    Raises:
+        ReferenceModelError: host memory is too small for a copy on each process.
     """
-    return _rebuilt(plan, [_gathered(parameter) for parameter in policy.parameters()])
+    split_again(policy)
+    _check_host_memory(plan)
+    weights = [
+        gathered(parameter).detach().to("cpu", copy=True) for parameter in policy.parameters()
+    ]
+    return _rebuilt(plan, weights)
 
 
 @contextmanager
@@ -60,6 +74,42 @@ def near(policy: PreTrainedModel, device: torch.device) -> Iterator[None]:
     finally:
         if moves:
             nn.Module.to(policy, home)
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """Return the shape of a tensor, of which this process may hold a part."""
+    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return shape
+
+
+@contextmanager
+def unsplit(tensor: Tensor, *, writes: bool = False) -> Iterator[None]:
+    """While inside, what ZeRO-3 has split is whole; every process must enter and leave.
+
+    Args:
+        tensor: Anything that is not split by ZeRO-3 is left as it is.
+        writes: Whether what the first process has changed inside stays.
+    """
+    if not hasattr(tensor, "ds_id"):
+        yield
+        return
+    from deepspeed import zero  # it split the tensor, so it is there
+
+    with zero.GatheredParameters([tensor], modifier_rank=0 if writes else None):
+        yield
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return all of a tensor: itself, or a copy in host memory if processes hold parts of it.
+
+    Every process must call it then.
+    """
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor().cpu()
+    if hasattr(tensor, "ds_id"):
+        with unsplit(tensor):
+            return tensor.detach().to("cpu", copy=True)
+    return tensor
 
 
 def aligned(target: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,17 +147,17 @@ def _rebuilt(model: PreTrainedModel, weights: list[Tensor]) -> PreTrainedModel:
 
 
 def _on_meta(parameter: nn.Parameter) -> Tensor:
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    return torch.empty(shape, dtype=parameter.dtype, device="meta")
+    return torch.empty(whole_shape(parameter), dtype=parameter.dtype, device="meta")
 
 
-@torch.no_grad()
-def _gathered(parameter: nn.Parameter) -> Tensor:
-    if isinstance(parameter, DTensor):
-        return parameter.full_tensor().to("cpu", copy=True)
-    if hasattr(parameter, "ds_id"):
-        from deepspeed import zero  # ZeRO-3 split it, so it is there
-
-        with zero.GatheredParameters([parameter]):
-            return parameter.detach().to("cpu", copy=True)
-    return parameter.detach().to("cpu", copy=True)
+def _check_host_memory(plan: nn.Module) -> None:
+    """All processes of a machine take the same now; none has begun while another checks."""
+    num_bytes = sum(parameter.nbytes for parameter in plan.parameters())
+    free = available_host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if num_bytes > free:
+        raise ReferenceModelError(
+            f"The policy is split over the processes, and to build a reference of its weights each "
+            f"process gathers all {num_bytes / 1e9:.2f} GB in host memory, where "
+            f"{free / 1e9:.2f} GB are free for it, so that the system would end the run. Use "
+            "`reference: auto` or `resident`, which stay split, or start fewer processes a machine."
+        )
