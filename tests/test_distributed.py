@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import launch
 
 SCRIPT = '''
 import json, logging, sys, types, warnings
@@ -176,22 +174,12 @@ MOVING: dict[str, dict[str, Any]] = {
 }
 
 
-def launch(model: Path, folder: Path, cases: dict[str, Any], *, processes: int) -> dict[str, Any]:
+def run_cases(
+    model: Path, folder: Path, cases: dict[str, dict[str, Any]], *, processes: int
+) -> dict[str, Any]:
     """Run the cases one after the other, in so many processes; return what each gave."""
-    path, out = folder / "script.py", folder / f"out{processes}"
-    path.write_text(SCRIPT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    arguments = [str(model), str(out), json.dumps(cases), str(processes)]
-    done = subprocess.run(
-        [*torchrun, "--nproc_per_node", str(processes), str(path), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = torch.load(f"{out}.pt", weights_only=False)
+    given = (model, folder / "out", json.dumps(cases), processes)
+    found: dict[str, Any] = launch(SCRIPT, folder, *given, processes=processes)
     return found
 
 
@@ -204,14 +192,14 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def one(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch(tiny_model_dir, tmp_path_factory.mktemp("one"), cases_of(1), processes=1)
+    return run_cases(tiny_model_dir, tmp_path_factory.mktemp("one"), cases_of(1), processes=1)
 
 
 @pytest.fixture(scope="module")
 def two(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     moving = {name: {"per_device_train_batch_size": 4, **MOVING[name]} for name in MOVING}
     cases = cases_of(2) | moving
-    return launch(tiny_model_dir, tmp_path_factory.mktemp("two"), cases, processes=2)
+    return run_cases(tiny_model_dir, tmp_path_factory.mktemp("two"), cases, processes=2)
 
 
 def assert_same_samples_and_weights(one: dict[str, Any], two: dict[str, Any]) -> None:

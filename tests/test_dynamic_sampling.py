@@ -20,8 +20,8 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from launching import launch
 from runs import series, settings, train
-from test_distributed import launch
 
 from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
 from trl_grpo_ext.advantages import multi_reward_advantages

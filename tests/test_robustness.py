@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from launching import launch
 from runs import series, settings, vowels
-from test_distributed import launch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from launching import launch
 from runs import series, settings, train, vowels
-from test_distributed import launch
 
 from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
 from trl_grpo_ext.errors import ConfigurationError, RewardError, RewardOutageError

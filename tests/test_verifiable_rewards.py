@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from launching import launch
 from rewards.code.levels_here import skip_unless_there
 from runs import settings, train
-from test_distributed import launch
 
 from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
 from trl_grpo_ext.rewards.code.reward import CodeReward
