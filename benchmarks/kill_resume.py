@@ -65,6 +65,10 @@ class Run:
         """Weights and log, written when the run is through."""
         return self.output / "result.pt"
 
+    def last_words(self) -> str:
+        """Return the end of what its first process printed; its folder may not stay."""
+        return (self.output / "log_0.txt").read_text()[-3000:]
+
 
 def make_model(folder: Path, *, width: int, num_layers: int = 2, max_positions: int = 128) -> Path:
     """Write a random Llama, and a tokenizer of single bytes, and return their folder."""
@@ -252,7 +256,7 @@ def kill(run: Run, workers: list[BaseProcess], *, kind: str, delay_s: float) -> 
             os.killpg(worker.pid, signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
     codes = finish(workers)
     if kind == "SIGTERM" and not set(codes) <= {TERMINATED, -signal.SIGTERM, 0}:
-        raise SystemExit(f"SIGTERM ended the run with {codes}; see {run.output}/log_0.txt")
+        raise SystemExit(f"SIGTERM ended the run with {codes}:\n{run.last_words()}")
     return True
 
 
@@ -287,7 +291,7 @@ def disturb(run: Run, alone: Run, *, kills: int, longest_s: float, seed: int) ->
             done += killed
             bar.update(int(killed))
             if any(codes := finish(workers)) and not killed:
-                raise SystemExit(f"an attempt ended with {codes}; see {run.output}/log_0.txt")
+                raise SystemExit(f"an attempt ended with {codes}:\n{run.last_words()}")
             for problem in unusable(run):
                 damaged += 1
                 print(problem)
@@ -330,8 +334,7 @@ def main() -> None:
         for run in (alone, killed):
             run.output.mkdir()
         if set(codes := finish(start(alone))) != {0}:
-            log = (alone.output / "log_0.txt").read_text()[-3000:]
-            raise SystemExit(f"the undisturbed run ended with {codes}:\n{log}")
+            raise SystemExit(f"the undisturbed run ended with {codes}:\n{alone.last_words()}")
         training_s = alone.result.stat().st_mtime - alone.began.stat().st_mtime
         print(f"undisturbed: {asked.steps} steps in {training_s:.0f} s")
         same, damaged = disturb(

@@ -183,6 +183,32 @@ def test_what_was_scored_is_not_scored_again(tiny_model_dir: Path, tmp_path: Pat
     assert calls == expected
 
 
+def test_what_a_service_said_of_kept_scores_is_logged(tiny_model_dir: Path, tmp_path: Path) -> None:
+    class Service:
+        on_missing, __name__ = "exclude", "vowels"
+
+        def __init__(self, send: Callable[[], None]) -> None:
+            self.send, self.calls = send, 0
+
+        def __call__(
+            self, *, completions: list[str], log_metric: Any, **_: Any
+        ) -> list[float | None]:
+            self.calls += 1
+            log_metric("rewards/vowels/cost", len("".join(completions)) / 100)
+            self.send()
+            return list(vowels(completions=completions))
+
+    services = [Service(lambda: None), Service(Signal(2)), Service(lambda: None)]
+    alone = build(tiny_model_dir, tmp_path / "alone", services[0])
+    alone.train()
+    interrupted(build(tiny_model_dir, tmp_path / "ended", services[1]))
+    resumed = build(tiny_model_dir, tmp_path / "ended", services[2])
+    resumed.train("last-good")
+    assert services[1].calls + services[2].calls == services[0].calls  # none is asked again
+    assert "rewards/vowels/cost" in alone.state.log_history[0]
+    assert_same(resumed, alone)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_interrupted_twice_and_with_kept_completions(
     tiny_model_dir: Path, tmp_path: Path, engine: str
@@ -224,6 +250,25 @@ def test_interrupted_evaluation_is_done_again(
     assert_same(resumed, alone)
     steps = sorted(path.name for path in (tmp_path / "ended").glob("checkpoint-*"))
     assert steps == (["checkpoint-0"] if at == 1 else []) + ["checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_signal_that_ends_the_workers_of_an_evaluation_too(
+    tiny_model_dir: Path, tmp_path: Path, asked: bool
+) -> None:
+    trainer = build(tiny_model_dir, tmp_path, eval_strategy="steps", eval_on_start=True)
+
+    def without_workers(*_: object, **__: object) -> None:
+        if asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+    trainer.prediction_step = without_workers
+    if asked:
+        interrupted(trainer)
+    else:
+        with pytest.raises(RuntimeError, match="exited unexpectedly"):
+            trainer.train()
 
 
 @pytest.mark.parametrize("at", [None, 3])
@@ -475,6 +520,23 @@ def test_workers_of_the_data_loader_leave_signals_to_the_run() -> None:
             os.kill(os.getpid(), signal.SIGINT)
             os._exit(7)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_workers_that_end_with_the_run_raise_nothing_afterwards() -> None:
+    def fails(*_: object) -> None:  # as torch's handler
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    previous = signal.signal(signal.SIGCHLD, fails)
+    try:
+        with StopSignals():
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGCHLD)
+        with StopSignals():
+            signal.signal(signal.SIGCHLD, fails)
+        with pytest.raises(RuntimeError):  # nobody asked that run to stop
+            os.kill(os.getpid(), signal.SIGCHLD)
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
 
 
 def test_ignored_signals_stay_ignored() -> None:

@@ -66,8 +66,9 @@ class StopSignals:
         if peer_failed():
             return  # this process ends too, very soon, and there is nobody to agree with
         self.received = number
-        # A signal to the whole group ends the data loader's workers; torch would raise at that.
-        self._previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, _ignore)
+        # A signal to the whole group ends the data loader's workers; torch would raise at that, at
+        # any time from here on, also when the run has stopped.
+        signal.signal(signal.SIGCHLD, _ignore)
         for each in _SIGNALS:
             if each not in self._previous:
                 continue

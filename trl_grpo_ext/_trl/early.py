@@ -26,6 +26,7 @@ class EarlyRewardSeams(OwnReference):
         self._finished: dict[int, Any] = {}  # completions of this generation
         self._submitted_groups: set[int] = set()  # of this generation, by their first completion
         self._known: list[list[Score] | None] = []  # their scores: of an interrupted run
+        self._told: list[list[tuple[str, float]]] = []  # metrics of that batch, a list a reward
         super().__init__(*args, **kwargs)
 
     def known_scores(self) -> list[list[Score] | None]:
@@ -52,6 +53,7 @@ class EarlyRewardSeams(OwnReference):
         self._rows_in_work = inputs if self._submits else []
         self._submitted_groups = set()
         self._rows_a_group = self._group_size_in_mode
+        self._told = [[] for _ in self.reward_funcs]
         self._known = self.known_scores() if self.extended else []
         try:
             return cast(dict[str, Any], super()._generate_and_score_completions(inputs))

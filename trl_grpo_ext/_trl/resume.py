@@ -12,6 +12,8 @@ import dataclasses
 import math
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,7 +44,7 @@ class ResumeSeams(RunStateSeams):
         self._boundary: dict[str, Any] | None = None  # as it was then
         self._ahead: dict[str, Any] | None = None  # as it was when it had generated
         self._turns: list[dict[str, Any]] = []  # what was sampled
-        self._scores: list[tuple[list[str], list[list[Score] | None]]] = []  # of what was sampled
+        self._scores: list[dict[str, Any]] = []  # of what was sampled, with their metrics
         self._in_steps = False  # whether a step of this session has begun
         self._kept_buffer: Any = None  # the generation in use then, or the one ahead
         self._stopped_state: dict[str, Any] | None = None
@@ -164,8 +166,14 @@ class ResumeSeams(RunStateSeams):
         """Return TRL's batches; a signal to all processes may have ended the loader's workers."""
         if self._signals is not None and self._in_steps and self._boundary_is_old:
             self._mark_boundary()
-        try:
+        with self._stopping_without_workers():
             return super().get_batch_samples(*args, **kwargs)
+
+    @contextmanager
+    def _stopping_without_workers(self) -> Iterator[None]:
+        """Stop where a signal has ended the data loader's workers together with this process."""
+        try:
+            yield
         except RuntimeError:
             if self.is_asked_to_stop():
                 self.stop_if_asked()
@@ -243,16 +251,19 @@ class ResumeSeams(RunStateSeams):
         kept = resumed.get("scores") if resumed.get("turns") and self.samples_itself else None
         known = super().known_scores()
         if kept and self._mode == "train":
-            names, scores = kept.pop(0)
-            known = scores if names == self.reward_func_names else known
+            batch = kept.pop(0)
+            if batch["names"] == self.reward_func_names:
+                known = batch["scores"]
+                self.log_again(batch["told"], known)
         if self._mode == "train":
-            self._scores.append((list(self.reward_func_names), known))
+            names = list(self.reward_func_names)
+            self._scores.append({"names": names, "scores": known, "told": self._told})
         return known
 
     def keep_scores(self, scores: list[list[Score] | None]) -> None:
         """Note the scores of the batch, so that a run that stops before it is whole has them."""
         if self._mode == "train":
-            self._scores[-1] = self._scores[-1][0], scores
+            self._scores[-1]["scores"] = scores
 
     @property
     def _at_boundary(self) -> bool:
@@ -268,7 +279,8 @@ class ResumeSeams(RunStateSeams):
         """Run TRL's loop, which a callback of the user's may have asked for after a step."""
         if self.extended and self._signals is not None and self._boundary_is_old:
             self._mark_boundary()
-        return super().evaluation_loop(*args, **kwargs)
+        with self._stopping_without_workers():
+            return super().evaluation_loop(*args, **kwargs)
 
     # Evaluate -------------------------------------------------------------------------------------
 

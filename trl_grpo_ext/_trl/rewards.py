@@ -76,6 +76,17 @@ class RewardSeams(EarlyRewardSeams):
     def keep_scores(self, scores: list[list[Score] | None]) -> None:
         """Note the scores of this batch, as :meth:`known_scores` returns them."""
 
+    def log_again(
+        self, told: list[list[tuple[str, float]]], known: list[list[Score] | None]
+    ) -> None:
+        """Log what rewards had said of a batch whose scores are all known: none is asked again."""
+        for i, (metrics, scores) in enumerate(zip(told, known, strict=True)):
+            if scores is None or None in scores:
+                continue
+            self._told[i] = metrics
+            for name, value in metrics:
+                self._log_metric(name, value)
+
     # What counts, and what rewards remember -------------------------------------------------------
 
     def counting_rewards(self, rewards_BR: Tensor) -> Tensor:
@@ -189,7 +200,9 @@ class RewardSeams(EarlyRewardSeams):
             func
             if isinstance(func, nn.Module)
             else self.checked_reward(
-                self._asking(func, scores, again=again), name, functools.partial(self._count, i)
+                self._asking(func, scores, self._told[i], again=again),
+                name,
+                functools.partial(self._count, i),
             )
             for i, (func, name, scores) in enumerate(
                 zip(given, self.reward_func_names, known, strict=True)
@@ -200,12 +213,19 @@ class RewardSeams(EarlyRewardSeams):
         finally:
             self.reward_funcs = given
 
-    def _asking(self, func: Any, known: list[Score] | None, *, again: bool) -> Callable[..., Any]:
+    def _asking(
+        self,
+        func: Any,
+        known: list[Score] | None,
+        told: list[tuple[str, float]],
+        *,
+        again: bool,
+    ) -> Callable[..., Any]:
         if again and not excludes(func):
             return lambda **_: known
         if is_asynchronous(func):
             return cast(Callable[..., Any], func)
-        reward = with_stop(func, self.is_asked_to_stop)
+        reward = _telling(with_stop(func, self.is_asked_to_stop), told)
         if hasattr(func, "on_missing"):
             reward = self._refusable(reward)
         if not getattr(func, "needs_group", False):
@@ -314,3 +334,16 @@ class RewardSeams(EarlyRewardSeams):
         while time.monotonic() < end and not self.is_asked_to_stop():
             time.sleep(_LOOK_S)
         self.stop_if_asked()
+
+
+def _telling(reward: Callable[..., Any], told: list[tuple[str, float]]) -> Callable[..., Any]:
+    """Have the metrics that a reward logs noted, too."""
+
+    def telling(*, log_metric: Callable[[str, float], None], **columns: Any) -> Any:
+        def log(name: str, value: float) -> None:
+            told.append((name, float(value)))
+            log_metric(name, value)
+
+        return reward(**columns, log_metric=log)
+
+    return telling

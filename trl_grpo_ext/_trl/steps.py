@@ -61,9 +61,9 @@ class StepRewardSeams(RewardSeams):
             limits=limits,
         )
 
-    def _asking(self, func: Any, known: list[Score] | None, *, again: bool) -> Callable[..., Any]:
+    def _asking(self, func: Any, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         if not has_process_advantages(func):
-            return super()._asking(func, known, again=again)
+            return super()._asking(func, *args, **kwargs)
         index = cast(int, self.process_reward)  # while TRL calls, others stand in `reward_funcs`
         ask = with_stop(func.step_scores, self.is_asked_to_stop)
         if hasattr(func, "on_missing"):
