@@ -169,6 +169,7 @@ def test_config_refuses_what_cannot_work(settings: dict[str, Any], message: str)
             "'transformers', which does not read it",
         ),
         ({"max_completion_length": 0}, "completions would have no token to learn from"),
+        ({"temperature": 0.0}, "but the loss divides by it. Set it above 0"),
         (
             {"shared_prefix": False},
             "Use one of: auto, always, never. (YAML reads off and no as false.)",

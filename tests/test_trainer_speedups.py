@@ -14,7 +14,11 @@ from peft import LoraConfig, PromptTuningConfig
 from runs import series, settings, train, vowels
 from sampling.tapes import record_tapes
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     StableLmConfig,
@@ -23,6 +27,7 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
+from trl_grpo_ext._trl.logprobs import _shuffle_groups
 from trl_grpo_ext.errors import ConfigurationError, SharedPrefixError
 from trl_grpo_ext.logprobs import PackedGroups
 
@@ -386,6 +391,87 @@ def test_old_logprobs_come_from_the_sampler_when_a_generation_feeds_several_step
         found.append([row for _, row in sorted(zip(rows, logprobs, strict=True))])
     assert len(found[0]) == 12
     torch.testing.assert_close(*map(torch.tensor, found), atol=1e-5, rtol=1e-5)
+
+
+def recomputed(records: pytest.LogCaptureFixture) -> list[str]:
+    return [r.message for r in records.records if "old policy are recomputed" in r.message]
+
+
+def first_loss(trainer: Any) -> float:
+    history, _ = train(trainer)
+    return float(series(history, "loss")[0])
+
+
+def test_old_logprobs_are_recomputed_where_positions_count_padding(
+    tiny_model_dir: Path, tmp_path: Path, warnings_logged: pytest.LogCaptureFixture
+) -> None:
+    config = GPT2Config(
+        vocab_size=AutoConfig.from_pretrained(tiny_model_dir).vocab_size,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.2,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    )
+    folder = tmp_path / "gpt2"
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(folder)
+    changes = {"num_iterations": 2, "beta": 0.0, "max_steps": 2}
+    assert abs(first_loss(ours(folder, tmp_path, **changes))) < 1e-6
+    (told,) = recomputed(warnings_logged)
+    assert "positions are not rotary, and may count padding" in told
+
+
+def test_old_logprobs_are_recomputed_where_the_first_batch_disagrees(
+    tiny_model_dir: Path, tmp_path: Path, warnings_logged: pytest.LogCaptureFixture
+) -> None:
+    trainer = ours(tiny_model_dir, tmp_path, num_iterations=2, beta=0.0, max_steps=2)
+    sample = trainer.sample_completions
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        completions = sample(*args, **kwargs)
+        for completion in completions:
+            completion.policy_logprobs = [value - 0.5 for value in completion.policy_logprobs]
+        return completions
+
+    trainer.sample_completions = wrong
+    assert abs(first_loss(trainer)) < 1e-6
+    (told,) = recomputed(warnings_logged)
+    assert "the sampler's differ by 0.5 nats on the first batch" in told
+
+
+@pytest.mark.parametrize("asked", ["sampler", "recompute"])
+def test_an_engine_that_keeps_no_logprobs_is_told(
+    asked: str,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    warnings_logged: pytest.LogCaptureFixture,
+) -> None:
+    changes = {"group_sampler": "transformers", "num_iterations": 2, "max_steps": 4}
+    ours(tiny_model_dir, tmp_path, old_logprobs=asked, **changes).train()
+    assert len(recomputed(warnings_logged)) == (asked == "sampler")
+
+
+@pytest.mark.parametrize(
+    ("group_size", "micro_batch_size", "num_rows", "unit"),
+    [(8, 8, 16, 8), (8, 4, 16, 4), (4, 8, 16, 4), (8, 12, 24, 8), (5, 4, 20, 5), (8, 12, 12, 4)],
+)
+def test_groups_are_shuffled_as_whole_as_can_be(
+    group_size: int, micro_batch_size: int, num_rows: int, unit: int
+) -> None:
+    batch = {"advantages": torch.arange(num_rows), "loss": torch.tensor(1.0), "none": None}
+    sizes = {"group_size": group_size, "micro_batch_size": micro_batch_size}
+    orders = set()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        rows = _shuffle_groups(batch, **sizes)["advantages"]
+        assert sorted(rows.tolist()) == list(range(num_rows))
+        pieces = rows.view(-1, unit)
+        assert torch.equal(pieces, pieces[:, :1] + torch.arange(unit))
+        assert torch.equal(pieces[:, 0] % unit, torch.zeros(len(pieces), dtype=torch.int64))
+        orders.add(tuple(rows.tolist()))
+    assert len(orders) > 1
 
 
 def test_reference_computes_each_prompt_once_too(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -122,6 +122,19 @@ def shared_prefix_problem(model: PreTrainedModel, *, longest: int) -> str | None
     return None
 
 
+def padding_problem(model: PreTrainedModel, *, longest: int) -> str | None:
+    """Return why a padded row of ``longest`` tokens may differ from it alone; ``None`` if not."""
+    config = text_config(model)
+    if getattr(config, "rope_parameters", None) is None:
+        return "the policy's positions are not rotary, and may count padding"
+    if set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        return "the policy has layers of another kind than attention"
+    for kind, limit in changing_angles(model):
+        if limit < longest:
+            return f"its {kind} rotary angles depend on the length of rows above {limit} tokens"
+    return None
+
+
 def changing_angles(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
     """Yield rotary angles that depend on the longest row of a batch, and from where on."""
     config = text_config(model)
@@ -186,6 +199,9 @@ def causal_attention(
         Shape ``(batch, N, H, D)``; under autocast in its dtype.
     """
     query, key, value = (_autocast(x).transpose(1, 2) for x in (query, key, value))
+    if query.device.type == "cuda" and query.dtype == torch.float32:
+        # Only the kernels of half precision share heads; otherwise all weights would be in memory.
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     num_queries, num_keys = query.shape[2], key.shape[2]
     mask = None
     if num_queries != num_keys:

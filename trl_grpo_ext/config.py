@@ -306,6 +306,11 @@ def _sampler_problems(config: GRPOConfig, options: ExtensionOptions) -> Iterator
             f"`max_completion_length` is {config.max_completion_length}, so completions would have "
             "no token to learn from. Set it to at least 1."
         )
+    if not config.temperature > 0:
+        yield (
+            f"`temperature` is {config.temperature}, but the loss divides by it. Set it above 0 (1 "
+            "is the model's own distribution)."
+        )
     if config.use_vllm and sampler not in ("auto", "vllm"):
         yield (
             f"`use_vllm` is true, but `group_sampler` is {sampler!r}. "

@@ -30,6 +30,7 @@ from trl_grpo_ext.advantages import (
     multi_reward_advantages,
     step_advantages,
 )
+from trl_grpo_ext.attention import padding_problem
 from trl_grpo_ext.config import ExtensionOptions, configuration_problems
 from trl_grpo_ext.cpu_linear import use_onednn
 from trl_grpo_ext.errors import ConfigurationError
@@ -85,7 +86,6 @@ class ExtGRPOTrainer(ResumeSeams):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         _check_before_loading(self.__signature__.bind(*args, **kwargs).arguments)
-        self._told_recompute = False
         super().__init__(*args, **kwargs)
         on_cpu = self.accelerator.device.type == "cpu"
         if on_cpu and self.extended and self.runs_onednn:
@@ -160,7 +160,8 @@ class ExtGRPOTrainer(ResumeSeams):
     def can_reuse_logprobs(self, sampled: list[Completion]) -> bool:
         """Return whether the sampler's log-probabilities are those of a forward pass in training.
 
-        They are if both are in float32, at the same temperature, and nothing is dropped out.
+        They are if both are in float32, at the same temperature, nothing is dropped out, padding
+        changes nothing, and the first batch agrees.
         """
         if self.options.old_logprobs == "recompute":
             return False
@@ -176,12 +177,21 @@ class ExtGRPOTrainer(ResumeSeams):
             reason = "`generation_kwargs` samples at another temperature than the loss has"
         elif any(math.isnan(logprob) for c in sampled for logprob in c.policy_logprobs[:1]):
             reason = f"`group_sampler: {self.group_sampler}` does not keep them with these settings"
+        elif (problem := self._sampler_problem or self._padding_problem(sampled)) is not None:
+            reason = problem
         else:
             return True
-        if not self._told_recompute:
-            self._told_recompute = True
-            logger.warning(f"log-probabilities of the old policy are recomputed: {reason}")
+        self.tell_recomputed(reason)
         return False
+
+    def _padding_problem(self, sampled: list[Completion]) -> str | None:
+        """Why padding may change what a forward pass gives; it is not there in shared rows."""
+        model = self._causal_lm(self.model)
+        width = max(map(len, self._sampled_prompts)) + max(len(c.ids) for c in sampled)
+        longest = int(self._largest(width)[0])
+        if self._shares_prefix(model, longest):
+            return None
+        return padding_problem(model, longest=longest)
 
     def checked_reward(
         self, reward_func: Callable[..., Any], name: str, count_non_finite: Callable[[int], None]

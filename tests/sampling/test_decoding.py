@@ -11,6 +11,10 @@ import pytest
 import torch
 from sampling.small import EOS, WORDS, build_small_model, next_token_logits, small_config
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -282,6 +286,42 @@ def test_a_sliding_window_shorter_than_the_rows_is_respected() -> None:
     assert_logprobs_of_a_full_pass(model, completions)
 
 
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+def test_values_of_another_width_than_keys(fixed_shapes: bool) -> None:
+    config = DeepseekV3Config(
+        **{**small_config().to_diff_dict(), "attention_dropout": 0.0, "head_dim": 4},
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=6,
+    )
+    config.num_key_value_heads = 2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = DeepseekV3ForCausalLM(config).float().eval()
+    completions = sample(model, rows_of(4, 5), fixed_shapes=fixed_shapes)
+    assert_logprobs_of_a_full_pass(model, completions)
+
+
+def test_a_layer_that_attends_twice_has_each_row_computed_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = DiffLlamaConfig(**{**small_config().to_diff_dict(), "attention_dropout": 0.0})
+    config.num_key_value_heads = 2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = DiffLlamaForCausalLM(config).float().eval()
+    assert_logprobs_of_a_full_pass(model, sample(model, rows_of(4, 5)))
+    assert "a layer of it attends more than once in a pass" in caplog.text
+
+
 def test_a_hybrid_model_drops_rows_of_its_recurrent_states_too() -> None:
     config = Qwen3NextConfig(
         vocab_size=len(WORDS),
@@ -454,6 +494,12 @@ def test_a_model_without_a_cache_is_refused() -> None:
     model = OpenAIGPTLMHeadModel(config).eval()
     with pytest.raises(ValueError, match="OpenAIGPTLMHeadModel fills no key-value cache"):
         sample(model, [(0, 0)])
+
+
+def test_options_that_leave_no_token_are_named(small_model: LlamaForCausalLM) -> None:
+    settings = SamplingSettings(max_new_tokens=3, suppress_tokens=list(range(len(WORDS))))
+    with pytest.raises(ValueError, match="leave no token to draw after 0 tokens of a completion"):
+        sample(small_model, [(0, 0)], settings=settings)
 
 
 def test_logits_that_are_not_finite_are_named(small_model: LlamaForCausalLM) -> None:

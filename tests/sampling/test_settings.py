@@ -33,9 +33,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "exponential_decay_length_penalty": {"exponential_decay_length_penalty": (2, 1.5)},
     "suppress_tokens": {"suppress_tokens": [2, 4]},
     "begin_suppress_tokens": {"begin_suppress_tokens": [1, 5]},
-    "remove_invalid_values": {"remove_invalid_values": True, "suppress_tokens": [1]},
     "renormalize_logits": {"renormalize_logits": True, "top_k": 4},
     "eos_token_id": {"eos_token_id": [EOS, 3]},
+    "eos_token_id as a tensor": {"eos_token_id": torch.tensor([EOS, 3])},
     "warpers": {"temperature": 1.4, "top_k": 5, "top_p": 0.9, "min_p": 0.05, "typical_p": 0.95},
     "all": {
         "temperature": 1.4,

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 from trl.trainer import grpo_trainer
 
 from trl_grpo_ext._trl.sampling import SamplingSeams
@@ -27,12 +28,17 @@ from trl_grpo_ext.logprobs import (
 )
 from trl_grpo_ext.sampling import Completion
 
+logger = logging.get_logger(__name__)
+
 
 class LogprobSeams(SamplingSeams):
     """``trl.GRPOTrainer`` whose log-probabilities share prompts where that is exact."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._policy_logprobs: Tensor | None = None
+        self._checks_sampler = True  # the first log-probabilities that it kept
+        self._sampler_problem: str | None = None
+        self._told_recompute = False
         self._keep_policy_logprobs = False
         self.shared_prefix = SharedPrefix()
         super().__init__(*args, **kwargs)
@@ -41,14 +47,23 @@ class LogprobSeams(SamplingSeams):
         """Return whether the sampler's log-probabilities stand in for those of the old policy."""
         return False
 
+    def tell_recomputed(self, reason: str) -> None:
+        """Say once why a pass computes the log-probabilities of the old policy."""
+        if not self._told_recompute:
+            self._told_recompute = True
+            logger.warning(f"log-probabilities of the old policy are recomputed: {reason}")
+
     # Log-probabilities ----------------------------------------------------------------------------
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if not (self.extended and self.shared_prefix.mode != "never"):
             return super()._prepare_inputs(generation_batch)
         shuffle = grpo_trainer.shuffle_sequence_dict
-        unit = math.gcd(cast(int, self.num_generations), self.args.per_device_train_batch_size)
-        grpo_trainer.shuffle_sequence_dict = functools.partial(_shuffle_groups, unit=unit)
+        grpo_trainer.shuffle_sequence_dict = functools.partial(
+            _shuffle_groups,
+            group_size=cast(int, self.num_generations),
+            micro_batch_size=self.args.per_device_train_batch_size,
+        )
         try:
             return super()._prepare_inputs(generation_batch)
         finally:
@@ -67,24 +82,64 @@ class LogprobSeams(SamplingSeams):
             result = self._shared_prefix_logprobs(model, *batch, **kwargs)
         else:
             with self._phase("logprobs"):
-                result = self._sampled_logprobs(attention_mask[:, -logits_to_keep:])
+                result = self._sampled_logprobs(model, *batch, **kwargs)
                 if result is None:
                     result = self._shared_prefix_logprobs(model, *batch, **kwargs)
         if self._keep_policy_logprobs:
             self._policy_logprobs = result[0]
         return result
 
-    def _sampled_logprobs(self, mask_BT: Tensor) -> tuple[Tensor, None, None] | None:
+    def _sampled_logprobs(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None, None] | None:
         """Log-probabilities of the old policy, if TRL wants them and the sampler kept them."""
         sampled, self._sampled = self._sampled, None
+        awaited, self._awaits_old_logprobs = self._awaits_old_logprobs, False
         generate_every = cast(int, self.args.steps_per_generation) * self.num_iterations
-        wanted = self.args.gradient_accumulation_steps % generate_every != 0
-        if sampled is None or not (wanted and self.can_reuse_logprobs(sampled)):
+        if not awaited or self.args.gradient_accumulation_steps % generate_every == 0:
             return None
+        if sampled is None:
+            if self.extended and self.options.old_logprobs == "sampler":
+                self.tell_recomputed("the engine kept none of these completions")
+            return None
+        if not self.can_reuse_logprobs(sampled):
+            return None
+        mask_BT = attention_mask[:, -logits_to_keep:]
         logprobs_BT = torch.zeros(mask_BT.shape)
         for row, completion in enumerate(sampled):
             logprobs_BT[row, : len(completion.ids)] = torch.tensor(completion.policy_logprobs)
-        return logprobs_BT.to(mask_BT.device) * mask_BT, None, None
+        logprobs_BT = logprobs_BT.to(mask_BT.device) * mask_BT
+        if self._checks_sampler and self.shared_prefix.verify:
+            rows = _rows_to_check(mask_BT)
+            options = kwargs | {"batch_size": None}
+            expected = self._shared_prefix_logprobs(
+                model, input_ids[rows], attention_mask[rows], logits_to_keep, **options
+            )[0]
+            self._judge_sampler(logprobs_BT[rows], expected, mask_BT[rows])
+            if not self.can_reuse_logprobs(sampled):
+                return None
+        return logprobs_BT, None, None
+
+    def _judge_sampler(self, found_BT: Tensor, expected_BT: Tensor, mask_BT: Tensor) -> None:
+        """Note on every process whether what the sampler kept is what a forward pass gives."""
+        difference, tolerance = difference_in_nats(
+            found_BT, expected_BT, mask_BT, half_precision=False
+        )
+        worst, most_tokens = self._largest(difference, float(mask_BT.sum()))
+        self._checks_sampler = most_tokens == 0  # all truncated, and masked: then the next batch
+        if worst > tolerance:
+            self._sampler_problem = f"the sampler's differ by {worst:.2g} nats on the first batch"
+
+    def _largest(self, *values: float) -> list[float]:
+        """Return the largest of each value over all processes."""
+        local = torch.tensor(values, device=self.accelerator.device)
+        largest: list[float] = self.accelerator.gather(local).view(-1, len(values)).amax(0).tolist()
+        return largest
 
     def _shared_prefix_logprobs(
         self,
@@ -155,8 +210,7 @@ class LogprobSeams(SamplingSeams):
         if not self.extended:
             return False
         if sliding_window(model) is not None or any(changing_angles(model)):
-            width = torch.tensor([longest], device=self.accelerator.device)
-            longest = int(self.accelerator.gather(width).max())
+            longest = int(self._largest(longest)[0])
         problem = self._sharing_problem(model, **kwargs)
         return self.shared_prefix.serves(model, longest=longest, problem=problem)
 
@@ -210,8 +264,7 @@ class LogprobSeams(SamplingSeams):
         mask_BT = attention_mask[:, -found.shape[1] :]
         half = self.accelerator.mixed_precision != "no" or model.dtype != torch.float32
         difference, tolerance = difference_in_nats(found, expected, mask_BT, half_precision=half)
-        seen = torch.tensor([difference, float(mask_BT.sum())], device=self.accelerator.device)
-        worst, most_tokens = self.accelerator.gather(seen).view(-1, 2).amax(dim=0).tolist()
+        worst, most_tokens = self._largest(difference, float(mask_BT.sum()))
         if not most_tokens:  # all truncated, and masked: the next batch is compared
             return True
         if failed:
@@ -225,12 +278,17 @@ def _rows_to_check(mask_BT: Tensor) -> list[int]:
     return sorted({*rows[:2], *rows[-2:]})
 
 
-def _shuffle_groups(batch: dict[str, Any], *, unit: int) -> dict[str, Any]:
-    """Shuffle ``unit`` rows at a time, so that a micro-batch holds whole groups, as TRL does rows.
+def _shuffle_groups(
+    batch: dict[str, Any], *, group_size: int, micro_batch_size: int
+) -> dict[str, Any]:
+    """Shuffle groups as TRL does rows, so that a micro-batch is of as few prompts as can be.
 
-    Values without rows stay as they are.
+    A group that is a multiple of a micro-batch is shuffled in pieces of that size. Values without
+    rows stay as they are.
     """
     num_rows = len(batch["advantages"])
+    in_pieces = group_size % micro_batch_size == 0
+    unit = math.gcd(group_size, micro_batch_size if in_pieces else num_rows)
     rows = torch.randperm(num_rows // unit)[:, None] * unit + torch.arange(unit)
 
     def shuffled(value: Any) -> Any:

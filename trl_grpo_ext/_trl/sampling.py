@@ -25,6 +25,7 @@ class SamplingSeams(RunSeams):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._sampled: list[Completion] | None = None
         self._sampled_prompts: list[list[int]] = []
+        self._awaits_old_logprobs = False  # whether the next pass may be the old policy's
         self._turn = 0  # of this generation: a rollout function may sample several times
         self._num_evaluated = 0
         self._num_drawn = 0  # prompts that this generation drew in earlier rounds
@@ -134,7 +135,7 @@ class SamplingSeams(RunSeams):
     # Sampling -------------------------------------------------------------------------------------
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        self._sampled, self._turn = None, 0
+        self._sampled, self._turn, self._awaits_old_logprobs = None, 0, True
         with self._phase("generation"):
             output = super()._generate(*args, **kwargs)
         self._forget_if_changed(output[0], output[1])

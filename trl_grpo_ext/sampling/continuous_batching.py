@@ -53,7 +53,7 @@ _MAX_REQUESTS = 1024  # completions that grow at a time: each has its logits
 _HONOURED = frozenset(
     {
         *("max_new_tokens", "stop_ids", "temperature", "top_k", "top_p", "min_p", "typical_p"),
-        *("epsilon_cutoff", "remove_invalid_values"),
+        "epsilon_cutoff",
     }
 )
 _WARPERS_NOT_HONOURED = frozenset({"top_h", "eta_cutoff"})  # a greedy draw does not use them
@@ -313,7 +313,6 @@ def _generation_config(settings: SamplingSettings) -> GenerationConfig:
         do_sample=settings.temperature != 0,
         max_new_tokens=settings.max_new_tokens,
         eos_token_id=sorted(settings.stop_ids) or -1,
-        remove_invalid_values=settings.remove_invalid_values,
         **options,
     )
 

@@ -266,6 +266,12 @@ def _append(
                 "so nothing can be drawn. Look at the loss and the gradient norm of the steps "
                 "before, and lower the learning rate."
             )
+        if math.isnan(sampling):
+            raise ValueError(
+                f"the generation options leave no token to draw after {len(row.ids)} tokens of a "
+                "completion. Look at `suppress_tokens`, `bad_words_ids` and `sequence_bias` in "
+                "`generation_kwargs`."
+            )
         row.ids.append(int(token))
         row.policy_logprobs.append(policy)
         row.sampling_logprobs.append(sampling)

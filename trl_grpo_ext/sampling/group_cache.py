@@ -1,7 +1,8 @@
 """A key-value cache for groups: the prompt's part once a group, each completion's own beside it.
 
 Shapes: ``P`` prompts, ``B`` completions that are still growing, ``S`` tokens of the longest prompt,
-``T`` completion tokens so far, ``H`` heads, ``K`` key-value heads, ``D`` width of a head.
+``T`` completion tokens so far, ``H`` heads, ``K`` key-value heads, ``D`` width of a head. Values
+may have another width than queries and keys.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from trl_grpo_ext.attention import causal_attention
+from trl_grpo_ext.errors import SharedPrefixError
 
 _BLOCK = 64  # [tokens] by which the completions' part grows
 
@@ -69,8 +71,14 @@ class GroupCache:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None
     ) -> Tensor:
-        """Return the attention's output; see :class:`trl_grpo_ext.attention.SharedAttention`."""
+        """Return the attention's output; see :class:`trl_grpo_ext.attention.SharedAttention`.
+
+        Raises:
+            SharedPrefixError: the layer has attended to the prompts before.
+        """
         if self._length == 0:
+            if layer in self._prompts:
+                raise SharedPrefixError("a layer of it attends more than once in a pass.")
             return self._attend_prompts(layer, query, key, value, scaling=scaling)
         keys, values = self._appended(layer, key, value)
         return self._attend_completions(layer, query, keys, values, scaling=scaling)
@@ -92,8 +100,7 @@ class GroupCache:
         """Keys and values of the completions so far, ``(B, K, T, D)``, with the new ones."""
         at = self._length - 1
         if layer not in self._completions:
-            shape = (*key.shape[:2], _BLOCK, key.shape[3])
-            self._completions[layer] = (key.new_empty(shape), value.new_empty(shape))
+            self._completions[layer] = (_room(key, _BLOCK), _room(value, _BLOCK))
         if at == self._completions[layer][0].shape[2]:
             keys, values = self._completions[layer]
             self._completions[layer] = (_grown(keys), _grown(values))
@@ -116,7 +123,7 @@ class GroupCache:
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
         shared = self._by_row(self._by_group(weights[..., :longest]) @ prompt_values)
         own = weights[..., longest:] @ values
-        return (shared + own).reshape(num_rows, 1, num_heads, width)
+        return (shared + own).reshape(num_rows, 1, num_heads, -1)
 
     def _own_scores(self, query: Tensor, keys: Tensor) -> Tensor:
         return query @ keys.transpose(2, 3)
@@ -199,9 +206,8 @@ class FixedGroupCache(GroupCache):
 
     def _appended(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if layer not in self._completions:
-            shape = (*key.shape[:2], len(self._room_T), key.shape[3])
-            # Zeros: what is hidden is multiplied by 0, and might be no number otherwise.
-            self._completions[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+            num_tokens = len(self._room_T)
+            self._completions[layer] = (_room(key, num_tokens), _room(value, num_tokens))
         keys, values = self._completions[layer]
         keys.index_copy_(2, self._place, key)
         values.index_copy_(2, self._place, value)
@@ -215,6 +221,11 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
     """``(S_p, K, D)`` each, as ``(P, K, S, D)``; 0 after the end of a prompt."""
     padded = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
     return padded.transpose(1, 2).contiguous()
+
+
+def _room(like: Tensor, num_tokens: int) -> Tensor:
+    """Zeros: what a fixed cache hides is multiplied by 0, and might be no number otherwise."""
+    return like.new_zeros((*like.shape[:2], num_tokens, like.shape[3]))
 
 
 def _grown(values: Tensor) -> Tensor:

@@ -229,7 +229,9 @@ def shares_prompts(model: PreTrainedModel, *, longest: int) -> bool:
 
 def takes_cache(model: PreTrainedModel) -> bool:
     """Return whether the model can go on from keys and values that were kept."""
-    return "past_key_values" in inspect.signature(_base_model(model).forward).parameters
+    base: Any = _base_model(model)
+    can: Callable[[], bool] = getattr(base, "_supports_default_dynamic_cache", lambda: True)
+    return can() and "past_key_values" in inspect.signature(base.forward).parameters
 
 
 def _base_model(model: PreTrainedModel) -> nn.Module:

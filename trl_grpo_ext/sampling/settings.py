@@ -15,7 +15,6 @@ from transformers import (
     EtaLogitsWarper,
     ExponentialDecayLengthPenalty,
     GenerationConfig,
-    InfNanRemoveLogitsProcessor,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
@@ -83,7 +82,6 @@ class SamplingSettings:
             driven to its end.
         suppress_tokens: Tokens that never come.
         begin_suppress_tokens: Tokens that do not come first.
-        remove_invalid_values: NaN becomes 0 and infinity the largest number.
 
     Raises:
         ValueError: a value is out of its range.
@@ -107,7 +105,6 @@ class SamplingSettings:
     exponential_decay_length_penalty: tuple[int, float] | None = None
     suppress_tokens: list[int] | None = None
     begin_suppress_tokens: list[int] | None = None
-    remove_invalid_values: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -168,7 +165,7 @@ class SamplingSettings:
         if values.get("do_sample") is False:
             known["temperature"] = 0.0
         if (stop := values.get("eos_token_id")) is not None:
-            known["stop_ids"] = frozenset([stop] if isinstance(stop, int) else stop)
+            known["stop_ids"] = frozenset(torch.as_tensor(stop).flatten().tolist())
         if known.get("max_new_tokens") is None:
             raise ValueError("`max_new_tokens` is not given, so a completion might never end.")
         return cls(**known)
@@ -202,8 +199,6 @@ class SamplingSettings:
             found.append(
                 MinNewTokensLengthLogitsProcessor(prompt_length, minimum, stops, str(device))
             )
-        if self.remove_invalid_values:
-            found.append(InfNanRemoveLogitsProcessor())
         if self.exponential_decay_length_penalty is not None:
             start_and_factor = self.exponential_decay_length_penalty
             found.append(ExponentialDecayLengthPenalty(start_and_factor, stops, prompt_length))
