@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import itertools
 import json
 import math
@@ -44,6 +45,7 @@ from transformers import (
 )
 
 from trl_grpo_ext import group_sample
+from trl_grpo_ext import reference as reference_package
 from trl_grpo_ext.cpu_linear import use_onednn
 from trl_grpo_ext.losses import kl_estimate, masked_mean
 from trl_grpo_ext.model_cache import prepare_model
@@ -428,6 +430,7 @@ class Benchmark:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.settings = {key: str(getattr(options, key)) for key in SETTINGS}
+        self.settings["code"] = code_hash()
         options.cache.mkdir(parents=True, exist_ok=True)
         folder = options.model
         if folder == PACKAGED:
@@ -448,7 +451,7 @@ class Benchmark:
         )
 
     def result(self, name: str) -> dict[str, float]:
-        """Return what an arm shows, from the cache if it has the same settings."""
+        """Return what an arm shows, from the cache if it has the same settings and code."""
         path = self.options.cache / f"{name}.json"
         kept = json.loads(path.read_text()) if path.exists() else {}
         if kept.get("settings") != self.settings:
@@ -473,6 +476,14 @@ class Benchmark:
             **peak_gpu_bytes(),
             **self.yardstick.measure(reference),
         }
+
+
+def code_hash() -> str:
+    """Return a hash of the code that the figures depend on, so that no other code's are kept."""
+    digest = hashlib.sha256()
+    for path in (*sorted(Path(reference_package.__file__).parent.rglob("*.py")), Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def layer_ratio(width: int) -> float:

@@ -18,12 +18,19 @@ from datasets import Dataset
 from peft import LoraConfig
 from runs import series, settings, train
 from runs import vowels as vowels_of
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
 from trl_grpo_ext.errors import ConfigurationError, ReferenceModelError
 from trl_grpo_ext.reference import QuantizedLinear, streamed_layers, summarize_reference
+from trl_grpo_ext.reference.sampling import CalibrationSampler
 
 PROMPTS = Dataset.from_dict({"prompt": [f"{a} + {a} =" for a in range(8)]})
 CHATS = Dataset.from_dict(
@@ -484,19 +491,29 @@ def test_a_resume_by_true_finds_the_last_checkpoint(tiny_model_dir: Path, tmp_pa
 
 
 def test_a_resume_with_the_initial_model_samples_nothing(
-    tiny_model_dir: Path, tmp_path: Path
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = SAVING | QUICK
     train(ext_trainer(tiny_model_dir, tmp_path, **changes))
 
-    def broken(_: Any) -> Any:  # prompts that cannot be read: nothing may look at them
-        raise AssertionError("the data is read")
+    def samples(*_: Any) -> Any:
+        raise AssertionError("it samples")
 
-    unread = PROMPTS.with_transform(broken)
-    trainer = ext_trainer(tiny_model_dir, tmp_path, data=unread, **changes)
+    monkeypatch.setattr(CalibrationSampler, "__call__", samples)
+    trainer = ext_trainer(tiny_model_dir, tmp_path, **changes)
     assert trainer.reference_keeper.fidelity is not None
-    with pytest.raises(AssertionError, match="the data is read"):
-        ext_trainer(tiny_model_dir, tmp_path, data=unread, **changes | {"reference_rank": 3})
+    for other in ({"reference_rank": 3}, {"seed": 8}, {"temperature": 0.5}):
+        with pytest.raises(AssertionError, match="it samples"):
+            ext_trainer(tiny_model_dir, tmp_path, **changes | other)
+
+
+def test_auto_copies_a_model_that_has_no_path(tiny_model_dir: Path, tmp_path: Path) -> None:
+    policy = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model_dir))
+    policy.config.name_or_path = policy.name_or_path = ""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    trainer = ext_trainer(policy, tmp_path, processing_class=tokenizer)
+    assert trainer.reference_keeper.settings.kind == "resident"
+    assert series(train(trainer)[0], "kl")[0] == 0.0
 
 
 def test_a_resume_with_other_settings_of_the_reference_stops(
@@ -535,7 +552,7 @@ def test_an_exact_reference_moves_as_trls_does_bit_for_bit(
     assert SyncRefModelCallback.__name__ not in callbacks
     assert callbacks.count("ReferenceCallback") == 1
     ours = train(trainer)
-    monkeypatch.setattr(ExtGRPOTrainer, "_moves", lambda *_: False)
+    monkeypatch.setattr(ExtGRPOTrainer, "_copies", lambda *_: False)
     plain = ext_trainer(tiny_model_dir, tmp_path, **changes)
     assert plain.reference_keeper is None  # TRL's own reference, and its callback
     theirs = train(plain)
@@ -585,7 +602,7 @@ def test_a_resume_without_the_moved_reference_says_so(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(ExtGRPOTrainer, "_moves", lambda *_: False)  # as where it cannot be saved
+    monkeypatch.setattr(ExtGRPOTrainer, "_copies", lambda *_: False)  # as where it cannot be saved
     changes = SYNC | {"ref_model_sync_steps": steps, "save_strategy": "steps", "save_steps": 3}
     train(ext_trainer(tiny_model_dir, tmp_path, **changes))
     resumed = ext_trainer(tiny_model_dir, tmp_path, **changes)

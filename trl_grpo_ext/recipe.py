@@ -425,7 +425,7 @@ def _training_problems(model: ModelConfig, training: ExtGRPOConfig) -> Iterator[
             "give each reward its `weight`."
         )
     adapter = model.use_peft or model.load_in_4bit or model.load_in_8bit
-    if adapter and training.beta and training.reference != "auto":
+    if adapter and training.beta and training.reference not in ("auto", "adapter"):
         yield (
             f"`reference` is {training.reference!r}, but the policy is an adapter or quantized "
             "(`use_peft`, `load_in_4bit`, `load_in_8bit`): with the adapter switched off it is its "

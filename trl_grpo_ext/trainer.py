@@ -331,7 +331,8 @@ def _check_before_loading(arguments: dict[str, Any]) -> None:
             "with its adapter switched off it is its own exact reference, at no memory. "
             "Remove `reference`, or set `reference: auto`."
         )
-    if arguments.get("quantization_config") is not None and options.reference != "auto":
+    quantized = arguments.get("quantization_config") is not None
+    if quantized and options.reference not in ("auto", "adapter"):
         problems.append(
             f"`reference` is {options.reference!r}, but the policy is loaded quantized "
             "(`quantization_config`, `load_in_4bit`). Remove `reference`, or set it to auto."

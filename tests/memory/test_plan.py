@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,14 +63,15 @@ def test_comparison_prints_sums_of_parts_beside_what_is_stored() -> None:
     assert "GB (1e9 bytes)" in text
 
 
-def test_frugal_settings_start_with_those_asked_for_and_never_ask_for_more() -> None:
+def test_frugal_settings_start_with_those_asked_for() -> None:
     asked = replace(ON_8, reference="streamed", gradient_checkpointing=False)
     settings = list(frugal_settings(asked))
     assert settings[0] == asked
     assert len(set(settings)) == len(settings)
-    assert {s.reference for s in settings} == {"streamed", "quantized", "adapter"}
-    assert settings[1] == replace(asked, reference="quantized")
-    assert settings[2] == replace(asked, sharding="zero2")
+    assert {s.reference for s in settings} == {"streamed", "resident", "quantized", "adapter"}
+    assert settings[1] == replace(asked, reference="resident")
+    assert settings[2] == replace(asked, reference="quantized")
+    assert settings[3] == replace(asked, sharding="zero2")
     assert settings[-1].lora_rank > 0
     assert settings[-1].reference == "adapter"
 
@@ -98,7 +100,7 @@ def test_fastest_that_fits_counts_host_memory_for_every_process() -> None:
     limits: dict[str, Any] = {"usable_bytes": plan.usable_bytes}
     assert fastest_that_fits(plan.shape, asked, host_bytes=host, **limits) == asked
     less = fastest_that_fits(plan.shape, asked, host_bytes=host - 1, **limits)
-    assert less == replace(asked, reference="quantized")
+    assert less == replace(asked, reference="resident")  # exact, and split
     short = make_plan("Qwen2.5-7B", asked, gpu_memory_gb=80, host_memory_gb=(host - 1) / GB)
     assert not short.fits
     assert "of host memory" in short.verdict()
@@ -130,9 +132,37 @@ def test_plan_without_a_solution_says_how_many_gpus_would_do() -> None:
 
 
 def test_plan_says_so_when_the_reward_model_is_what_does_not_fit() -> None:
-    asked = replace(ON_8, reward_parameters=70 * GB)
+    asked = replace(ON_8, num_gpus=1, reward_parameters=70 * GB)
     text = shown("Llama-3-70B", asked)
     assert "The reward model alone takes 140.0 GB of each GPU: --reward api takes none." in text
+
+
+def test_zero_3_is_proposed_where_it_alone_splits_the_reward_model() -> None:
+    asked = RunSettings(num_gpus=64, reward_parameters=70 * GB)
+    found = make_plan("Llama-3-70B", asked, gpu_memory_gb=80).suggestion
+    assert found is not None
+    assert found.sharding == "zero3"
+    assert not found.lora_rank
+
+
+def test_an_exact_reference_that_is_split_is_found_from_a_quantized_one() -> None:
+    asked = RunSettings(num_gpus=32, sharding="fsdp", dtype="bfloat16", reference="quantized")
+    plan = make_plan("Llama-3-70B", asked, gpu_memory_gb=80)
+    assert plan.suggestion is not None
+    assert plan.suggestion.reference == "resident"
+    assert not plan.suggestion.lora_rank
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        ({"gpu_memory_gb": math.inf}, "--gpu-memory-gb is inf, which no GPU has"),
+        ({"gpu_memory_gb": 80, "host_memory_gb": -5}, "--host-memory-gb is -5"),
+    ],
+)
+def test_memory_that_no_machine_has_is_refused(memory: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        make_plan("Qwen2.5-7B", RunSettings(), **memory)
 
 
 def test_print_plan_shows_every_stage_both_log_prob_passes_and_what_to_run() -> None:

@@ -329,9 +329,44 @@ def test_a_resume_that_measures_otherwise_is_the_same_run(tmp_path: Path) -> Non
     first, checkpoint = keeper(tmp_path), tmp_path / "checkpoint-2"
     checkpoint.mkdir()
     note(first, checkpoint, first.build(policy()))
-    other = keeper(tmp_path, settings=replace(QUICK, kl_target=0.05, max_floor=1.0), sample=never)
-    other.resume(checkpoint, other.build(policy()))
+    reference = first.build(policy())
+    changes = {"settings": replace(QUICK, kl_target=0.05), "penalty": KLPenalty("k1")}
+    other = keeper(tmp_path, **changes)
+    found = other.build(policy())
+    assert torch.equal(logits(found), logits(reference))  # not calibrated again, but measured
+    assert other.fidelity is not None
+    assert other.fidelity.kl_target == 0.05
+    fresh = keeper(**changes)
+    fresh.build(policy())
+    assert other.fidelity == fresh.fidelity
+    other.resume(checkpoint, found)
     assert other.key == first.key
+    again = keeper(tmp_path, **changes, sample=never)
+    again.build(policy())
+    assert again.fidelity == other.fidelity
+
+
+def test_other_prompts_make_another_reference(tmp_path: Path) -> None:
+    first, other = keeper(tmp_path, drawn_from="a"), keeper(tmp_path, drawn_from="b")
+    first.build(policy())
+    other.build(policy())
+    assert first.key != other.key
+    again = keeper(tmp_path, drawn_from="a", sample=never)
+    again.build(policy())
+    assert again.key == first.key
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_a_mixed_reference_that_is_loaded_is_the_one_that_was_saved(
+    quantization: Any, tmp_path: Path
+) -> None:
+    settings = replace(MIXED, quantization=quantization)
+    first = keeper(tmp_path, settings=settings)
+    reference = first.build(policy())
+    narrow = {layer.quantization for layer in quantized_linears(reference).values()}
+    assert narrow == {quantization, "int8"}
+    again = keeper(tmp_path, settings=settings, sample=never)
+    assert torch.equal(logits(again.build(policy())), logits(reference))
 
 
 def test_a_resume_whose_reference_is_gone_is_an_error(tmp_path: Path) -> None:

@@ -164,20 +164,23 @@ def test_the_largest_gain_a_byte_comes_first_and_what_fits_goes_on(
 
 
 @each_family
-def test_layers_widen_and_narrow_again(make_policy: Callable[[], PreTrainedModel]) -> None:
+@pytest.mark.parametrize("narrow", ["nf4", "fp4"])
+def test_layers_widen_and_narrow_again(
+    make_policy: Callable[[], PreTrainedModel], narrow: Any
+) -> None:
     policy = make_policy()
-    reference = build_reference(policy)
+    reference = build_reference(policy, quantization=narrow)
     names = list(quantized_linears(reference))
     wide = names[1::3]
     expected = quantized_linears(build_reference(policy, quantization="int8"))
-    widen(reference, wide, policy=policy)
+    widen(reference, wide, narrow=narrow, policy=policy)
     for name, linear in quantized_linears(reference).items():
-        assert linear.quantization == ("int8" if name in wide else "nf4")
+        assert linear.quantization == ("int8" if name in wide else narrow)
         if name in wide:
             assert torch.equal(linear.codes(), expected[name].codes())
             assert linear.num_bytes == expected[name].num_bytes
-    widen(reference, [])
-    assert {linear.quantization for linear in quantized_linears(reference).values()} == {"nf4"}
+    widen(reference, [], narrow=narrow)
+    assert {linear.quantization for linear in quantized_linears(reference).values()} == {narrow}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -710,10 +710,15 @@ def test_too_little_host_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         build_streamed_reference(policy)
     free.available = 18_882_560  # 2 layers x 4 bytes
     build_streamed_reference(policy)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ReferenceModelError):
+        build_streamed_reference(policy)  # and the other process as much
+    monkeypatch.setenv("RANK", "1")
+    build_streamed_reference(policy)  # the main process has its own by now
     assert str(error.value) == (
-        "The streamed reference keeps 0.02 GB of layers in host memory, where 0.01 GB are free, so "
-        "that the system would end the run. Use `reference: quantized`, or give the reference a "
-        "folder on a disk with that much room."
+        "The streamed reference keeps 0.02 GB of layers in host memory, where 0.01 GB are free for "
+        "it, so that the system would end the run. Use `reference: quantized`, or give the "
+        "reference a folder on a disk with that much room."
     )
 
 

@@ -21,7 +21,6 @@ from trl_grpo_ext.reference.choice import choose_kind
 from trl_grpo_ext.reference.keeper import ReferenceKeeper
 from trl_grpo_ext.reference.options import ReferenceKind, ReferenceSettings, reference_problems
 from trl_grpo_ext.reference.sampling import (
-    CalibrationData,
     CalibrationSampler,
     different_prompts,
 )
@@ -62,14 +61,17 @@ class OwnReference(ReferenceSeams):
         kind, reason = self._choose_reference(policy)
         self._tell_reference(kind, reason)
         self._check_sync(kind)
-        if self.options.reference == "auto" and kind == "resident" and not self._moves(policy):
+        if self.options.reference == "auto" and kind == "resident" and not self._copies(policy):
             return None
         on_cpu = self.accelerator.device.type == "cpu"
         if on_cpu and self.runs_onednn:
             use_onednn(policy)
+        samples = kind == "quantized" and not self.reads_images
+        sampler = self._calibration_sampler() if samples else None
         keeper = ReferenceKeeper(
             ReferenceSettings.of(self.options, kind=kind),
-            sample=None if self.reads_images else self._sample_for_calibration,
+            sample=sampler,
+            drawn_from="" if sampler is None else sampler.identity,
             penalty=KLPenalty(
                 self.options.kl_estimator,
                 clamp=self.options.kl_clamp,
@@ -89,10 +91,14 @@ class OwnReference(ReferenceSeams):
         self.reference_keeper = keeper
         return reference
 
-    def _moves(self, policy: PreTrainedModel) -> bool:
-        """Whether a copy moves that a resume should have back, which TRL does not save."""
-        can = not self.reads_images and not self.uses_fsdp1 and not is_partitioned(policy)
-        return self.args.sync_ref_model and can
+    def _copies(self, policy: PreTrainedModel) -> bool:
+        """Whether ``auto`` copies the policy: TRL cannot load it again, or would not save its own.
+
+        TRL does not save what ``sync_ref_model`` has moved, so that a resume would not have it.
+        """
+        if self.reads_images or is_partitioned(policy):
+            return False
+        return not policy.name_or_path or (self.args.sync_ref_model and not self.uses_fsdp1)
 
     def _tell_reference(self, kind: ReferenceKind, reason: str) -> None:
         self.reference_kind, self.reference_reason = kind, reason
@@ -158,9 +164,9 @@ class OwnReference(ReferenceSeams):
             completion_tokens=args.max_completion_length or 256,
         )
 
-    def _sample_for_calibration(self, policy: PreTrainedModel) -> CalibrationData:
+    def _calibration_sampler(self) -> CalibrationSampler:
         args, settings = self.args, ReferenceSettings.of(self.options, kind="quantized")
-        sampler = CalibrationSampler(
+        return CalibrationSampler(
             tokenizer=cast(PreTrainedTokenizerBase, self.processing_class),
             prompts=different_prompts(self.train_dataset),
             num_tokens=0 if settings.compensation == "none" else settings.calibration_tokens,
@@ -176,4 +182,3 @@ class OwnReference(ReferenceSeams):
             },
             progress=not args.disable_tqdm and self.is_local_process_zero(),
         )
-        return sampler(policy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, get_args
@@ -186,7 +187,10 @@ def make_plan(
         >>> plan.fits, plan.suggestion.sharding, plan.suggestion.lora_rank
         (False, 'fsdp', 16)
     """
-    problems = [*settings_problems(settings), *_memory_problems(gpu_memory_gb, reserve)]
+    problems = [
+        *settings_problems(settings),
+        *_memory_problems(gpu_memory_gb, host_memory_gb, reserve),
+    ]
     if problems:
         raise ConfigurationError(problems)
     shape = model_shape(planned_config(model))
@@ -232,10 +236,17 @@ def _stages(shape: ModelShape, asked: RunSettings) -> Iterator[tuple[Sharding, M
         yield stage, estimate_run(shape, replace(asked, sharding=stage))
 
 
-def _memory_problems(gpu_memory_gb: float, reserve: float) -> Iterator[str]:
-    if not gpu_memory_gb > 0:
+def _memory_problems(
+    gpu_memory_gb: float, host_memory_gb: float | None, reserve: float
+) -> Iterator[str]:
+    if host_memory_gb is not None and not 0 < host_memory_gb < math.inf:
         yield (
-            f"--gpu-memory-gb is {gpu_memory_gb}, and nothing fits into that. "
+            f"--host-memory-gb is {host_memory_gb}, which no machine has. Give its memory in GB, "
+            "such as 512, or leave it out."
+        )
+    if not 0 < gpu_memory_gb < math.inf:
+        yield (
+            f"--gpu-memory-gb is {gpu_memory_gb}, which no GPU has. "
             "Give the memory of one GPU in GB, such as 80."
         )
     if not 0 <= reserve < 1:

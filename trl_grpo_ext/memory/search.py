@@ -18,18 +18,18 @@ MAX_GPUS = 1024
 T = TypeVar("T")
 
 _REFERENCES: tuple[ReferenceKind, ...] = ("resident", "streamed", "quantized")
-# ZeRO-1 saves less than ZeRO-2 and is no faster; ZeRO-3 splits what FSDP splits.
-_STAGES: tuple[Sharding, ...] = ("none", "zero2", "fsdp")
+# ZeRO-1 saves less than ZeRO-2 and is no faster; ZeRO-3 splits what FSDP splits, and reward models.
+_STAGES: tuple[Sharding, ...] = ("none", "zero2", "fsdp", "zero3")
 _OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 
 
 def frugal_settings(asked: RunSettings) -> Iterator[RunSettings]:
-    """Yield settings from those asked for to the most frugal; none takes more than was asked.
+    """Yield settings from those asked for to the most frugal.
 
-    First the reference is streamed, then quantized; then more is split over the GPUs; then layers
-    are computed again; then micro-batches are single completions; then, where nothing is split,
-    AdamW keeps 8 bits, at last in host memory. An adapter in the place of all weights comes last,
-    on a policy in 16 bits: it changes what is learnt.
+    First the reference is of another kind, an exact one before a quantized one; then more is split
+    over the GPUs; then layers are computed again; then micro-batches are single completions; then,
+    where nothing is split, AdamW keeps 8 bits, at last in host memory. An adapter in the place of
+    all weights comes last, on a policy in 16 bits: it changes what is learnt.
     """
     trainings = [asked]
     if not asked.lora_rank:
@@ -80,7 +80,7 @@ def _variants(asked: RunSettings) -> Iterator[RunSettings]:
         dict.fromkeys((asked.micro_batch, 1)),
         dict.fromkeys((asked.gradient_checkpointing, True)),
         stages,
-        _from(_REFERENCES, asked.reference),
+        _references(asked.reference),
     )
     for optimizer, micro_batch, checkpointing, stage, reference in choices:
         settings = replace(
@@ -94,6 +94,12 @@ def _variants(asked: RunSettings) -> Iterator[RunSettings]:
         possible = optimizer == asked.optimizer or stage == "none"
         if possible and not list(settings_problems(settings)):
             yield settings
+
+
+def _references(asked: ReferenceKind) -> Sequence[ReferenceKind]:
+    """The kind that was asked for, and the others; where weights are split, any may be smallest."""
+    others = [kind for kind in _REFERENCES if kind != asked]
+    return [asked, *others] if asked in _REFERENCES else [asked]
 
 
 def _from(values: Sequence[T], first: T) -> Sequence[T]:

@@ -112,10 +112,10 @@ def _bits_problems(storage: ReferenceFormat) -> Iterator[str]:
         return
     if storage.quantization == "int8":
         yield "--reference-bits is set, but int8 takes 8.13. Use nf4, or leave it out."
-    elif not storage.num_bits < storage.bits <= 16:
+    elif not storage.num_bits < storage.bits <= 8.13:
         yield (
             f"--reference-bits is {storage.bits:g}, but {storage.quantization} takes some more "
-            "than 4, and 16 are exact. Use a number between, such as 4.6."
+            "than 4, and a layer in 8 bits takes 8.13. Use a number between, such as 4.6."
         )
 
 

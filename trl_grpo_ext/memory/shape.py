@@ -188,20 +188,19 @@ def _tables(model: PreTrainedModel) -> Iterator[Matrix]:
 
 
 def _matrices(model: PreTrainedModel) -> Iterator[Matrix]:
-    """Linear layers but the output head, and the experts that 3-D parameters hold."""
+    """Linear layers but the output head, and the experts that a reference quantizes."""
     from transformers.pytorch_utils import Conv1D
+
+    from trl_grpo_ext.reference.experts import expert_parameters
 
     head = _head(model)
     for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            if module is not head:
-                outputs, inputs = module.weight.shape
-                yield Matrix(outputs, inputs)
-        elif not isinstance(module, nn.Conv1d):
-            for parameter in module.parameters(recurse=False):
-                if parameter.ndim == 3:
-                    experts, outputs, inputs = parameter.shape
-                    yield Matrix(outputs, inputs, experts, is_expert=True)
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            outputs, inputs = module.weight.shape
+            yield Matrix(outputs, inputs)
+    for _, parameter, _ in expert_parameters(model):
+        experts, outputs, inputs = parameter.shape
+        yield Matrix(outputs, inputs, experts, is_expert=True)
 
 
 def _mlp(text: PreTrainedConfig, layer: nn.Module) -> dict[str, int]:

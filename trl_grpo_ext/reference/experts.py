@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from trl_grpo_ext.reference.quantized import QuantizationType, QuantizedLinear, compute_dtype
 
+_LARGE = 0.05  # share of a model's parameters
+
 
 class QuantizedExperts(nn.Module):
     """What stands for a parameter with the weights of all experts.
@@ -90,6 +92,16 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, boo
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
             if parameter.dim() == 3 and parameter.is_floating_point():
                 yield name, parameter, bool(module.is_transposed)
+
+
+def unknown_experts(reference: nn.Module) -> list[str]:
+    """Return the names of large 3-D parameters, which a quantized reference keeps as they are."""
+    num_parameters = sum(parameter.numel() for parameter in reference.parameters())
+    return [
+        name
+        for name, parameter in reference.named_parameters()
+        if parameter.dim() == 3 and parameter.numel() > _LARGE * num_parameters
+    ]
 
 
 def stand_in(model: PreTrainedModel, experts: Mapping[str, QuantizedExperts]) -> None:

@@ -66,8 +66,11 @@ class ReferenceFidelity:
         return (
             "The KL penalty was measured against a quantized copy of the initial model. On "
             f"{self.num_tokens} tokens of held-out prompts, before training, that copy showed a KL "
-            f"of {self.kl_k3:.2g} nats a token where the truth is 0, and held the same token to be "
-            f"likeliest in {self.top_token_agreement:.1%} of them."
+            f"of {self.kl_k3:.2g} nats a token where the truth is 0 (k3; k1 {self.kl_k1:.2g}, over "
+            f"the whole vocabulary {self.kl_full:.2g}), and held the same token to be likeliest in "
+            f"{self.top_token_agreement:.1%} of them. The cosine between the gradients of the "
+            f"penalty with this copy and with the exact one was {self.gradient_cosine:.2f} at a KL "
+            f"of {self.kl_target:g}."
         )
 
     def __str__(self) -> str:

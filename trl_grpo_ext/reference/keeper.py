@@ -24,6 +24,7 @@ from trl_grpo_ext.reference.calibration import (
 )
 from trl_grpo_ext.reference.completions import CompletionBatch
 from trl_grpo_ext.reference.distillation import distill
+from trl_grpo_ext.reference.experts import unknown_experts
 from trl_grpo_ext.reference.fidelity import KLPenalty, ReferenceFidelity, measure_fidelity
 from trl_grpo_ext.reference.frozen import check_policy
 from trl_grpo_ext.reference.layer_stream import named_tensors, streamed_layers
@@ -56,6 +57,7 @@ class ReferenceKeeper:
         sample: Draws completions of the policy to calibrate and to measure on; ``None`` if that is
             not possible, so that a quantized reference is rounded to nearest and not measured.
         penalty: That the fidelity is measured with.
+        drawn_from: A hash of what ``sample`` draws from; another one makes another reference.
         store: Where references are saved; ``None`` if nothing of the run is. One on disk needs it.
         onednn: Whether float32 layers on a CPU run in oneDNN.
         progress: Whether bars are shown.
@@ -69,6 +71,7 @@ class ReferenceKeeper:
     settings: ReferenceSettings
     sample: Callable[[PreTrainedModel], CalibrationData] | None
     penalty: KLPenalty
+    drawn_from: str = ""
     store: ReferenceStore | None = None
     onednn: bool = False
     progress: bool = False
@@ -85,16 +88,19 @@ class ReferenceKeeper:
         """
         check_policy(policy)
         if self.store is not None:
-            self.key = reference_key(fingerprint(policy), self.settings.identity)
+            drawn = {"drawn_from": self.drawn_from} if self.drawn_from else {}
+            self.key = reference_key(fingerprint(policy), self.settings.identity | drawn)
             self.initial_key = self.initial_key or self.key
         reference = self._uncalibrated(policy)
         if self.settings.kind == "quantized":
             if self.store is not None and self.store.manifest(self.key) is not None:
                 self._restore(self.store, self.key, reference)
+                self._measure_again(self.store, reference, policy)
             else:
                 self._calibrate(reference, policy)
                 self.save(reference)
             self._tell_fidelity()
+            self._tell_unknown_experts(reference)
         logger.info(f"reference: {self.settings.kind}, {summarize_reference(reference)}")
         return reference
 
@@ -148,9 +154,27 @@ class ReferenceKeeper:
                 temperature=self.penalty.temperature,
                 progress=self.progress,
             )
+        self._measure(reference, policy, data)
+
+    def _measure(
+        self, reference: PreTrainedModel, policy: PreTrainedModel, data: CalibrationData
+    ) -> None:
         self.fidelity = measure_fidelity(
-            policy, reference, data.held_out, penalty=self.penalty, kl_target=settings.kl_target
+            policy,
+            reference,
+            data.held_out,
+            penalty=self.penalty,
+            kl_target=self.settings.kl_target,
         )
+
+    def _measure_again(
+        self, store: ReferenceStore, reference: PreTrainedModel, policy: PreTrainedModel
+    ) -> None:
+        """Measure a saved reference with the penalty of this run, if its run had another one."""
+        saved = store.manifest(self.key) or {}
+        if self.sample is not None and saved.get("measured") != self._manifest()["measured"]:
+            self._measure(reference, policy, self.sample(policy))
+            store.describe(self.key, self._manifest())
 
     def _compensate(
         self, reference: PreTrainedModel, policy: PreTrainedModel, batches: Batches
@@ -181,6 +205,15 @@ class ReferenceKeeper:
         if settings.bits is not None:
             return rank_within(settings.bits)
         return rank_up_to(DEFAULT_RANK) if settings.rank is None else settings.rank
+
+    def _tell_unknown_experts(self, reference: PreTrainedModel) -> None:
+        found = [] if self.settings.keep_modules else unknown_experts(reference)
+        if found:
+            logger.warning(
+                f"{len(found)} weights of three dimensions (the first is {found[0]}) stay in full "
+                "precision, because transformers does not mark them as experts of a kind that can "
+                "be read one by one. The reference is larger than its bits say; see its bytes."
+            )
 
     def _tell_fidelity(self) -> None:
         if self.fidelity is None:
@@ -255,7 +288,13 @@ class ReferenceKeeper:
             for name, value in self.settings.identity.items()
         }
         fidelity = None if self.fidelity is None else asdict(self.fidelity)
-        return {"settings": settings, "fidelity": fidelity, "wide": self.wide}
+        measured = asdict(self.penalty) | {"kl_target": self.settings.kl_target}
+        return {
+            "settings": settings,
+            "fidelity": fidelity,
+            "measured": measured,
+            "wide": self.wide,
+        }
 
     # Moved by `sync_ref_model` --------------------------------------------------------------------
 

@@ -71,7 +71,8 @@ def calibrate_mixed(
     wide = most_sensitive(
         quantized_linears(reference), divergences, max_bytes=bytes_within(reference, bits)
     )
-    widen(reference, wide, policy=policy)
+    narrow = next(linear.quantization for linear in quantized_linears(reference).values())
+    widen(reference, wide, narrow=narrow, policy=policy)
     calibrate(reference, policy, batches, progress=progress)
     return wide
 
@@ -139,7 +140,7 @@ def widen(
     reference: PreTrainedModel,
     wide: Collection[str],
     *,
-    narrow: QuantizationType = "nf4",
+    narrow: QuantizationType,
     policy: PreTrainedModel | None = None,
 ) -> None:
     """Store the layers of these names in 8 bits and all others in 4; what is so already stays.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -232,7 +233,7 @@ def _number_problems(options: ReferenceOptions) -> Iterator[str]:
         ("reference_max_floor", 1e-9, "a share above 0 (0.5)"),
     ):
         value = getattr(options, name)
-        if value is not None and not value >= least:
+        if value is not None and not least <= value < math.inf:
             yield f"`{name}` is {value}; use at least {least:g} {unit}, or leave it out."
 
 
@@ -264,7 +265,7 @@ def _compensation_problems(options: ReferenceOptions) -> Iterator[str]:
             "low-rank factors are. Keep one of them."
         )
     least = code_bits(settings)
-    if options.reference_bits is not None and options.reference_bits <= least:
+    if options.reference_bits is not None and not least < options.reference_bits < math.inf:
         yield (
             f"`reference_bits` is {options.reference_bits}, but {settings.quantization} in blocks "
             f"of {settings.block_size} takes {least:.3f} bits a weight alone. Use more, or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -49,6 +50,13 @@ class CalibrationSampler:
     seed: int = 0
     sampling: Mapping[str, Any] = field(default_factory=dict)
     progress: bool = False
+
+    @property
+    def identity(self) -> str:
+        """A hash of all that decides what is drawn of a policy."""
+        drawn = (self.prompts, self.num_tokens, self.max_new_tokens, self.seed)
+        text = repr((*drawn, sorted(self.sampling.items())))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def __call__(self, policy: PreTrainedModel) -> CalibrationData:
         """Return completions of different prompts to calibrate and to measure on.

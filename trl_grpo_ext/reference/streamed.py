@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import tempfile
 import weakref
@@ -240,10 +241,13 @@ def _mix_files(reference: PreTrainedModel, live: Mapping[str, Tensor], alpha: fl
 def _check_host_memory(num_bytes: int) -> None:
     from trl_grpo_ext.memory import available_host_bytes
 
-    free = available_host_bytes()
+    # The main process builds first; those beside it take as much each, all at once.
+    is_first = os.environ.get("RANK", "0") == "0"
+    num_copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_first else 1
+    free = available_host_bytes() // num_copies
     if num_bytes > free:
         raise ReferenceModelError(
             f"The streamed reference keeps {num_bytes / 1e9:.2f} GB of layers in host memory, "
-            f"where {free / 1e9:.2f} GB are free, so that the system would end the run. Use "
+            f"where {free / 1e9:.2f} GB are free for it, so that the system would end the run. Use "
             "`reference: quantized`, or give the reference a folder on a disk with that much room."
         )
