@@ -23,6 +23,7 @@ from trl_grpo_ext.memory.recipe_lines import launch_command, recipe_options, rec
 from trl_grpo_ext.memory.search import fastest_that_fits, frugal_settings, gpus_that_suffice
 from trl_grpo_ext.memory.settings import settings_problems
 from trl_grpo_ext.memory.show import print_plan, save_plot
+from trl_grpo_ext.recipe import _training_problems
 
 GB = 10**9
 ROOT = Path(__file__).parent.parent.parent
@@ -253,6 +254,7 @@ def test_recipe_lines_are_options_of_the_configuration(settings: RunSettings) ->
     assert made.per_device_train_batch_size == settings.micro_batch
     assert made.gradient_accumulation_steps * settings.micro_batch == settings.generation_batch
     assert made.beta == (0 if settings.reference == "none" else 0.02)
+    assert not list(_training_problems(config, made))
 
 
 def test_recipe_lines_of_a_quantized_reference_name_what_is_not_the_default() -> None:
