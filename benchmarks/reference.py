@@ -64,6 +64,7 @@ from trl_grpo_ext.reference import (
 )
 from trl_grpo_ext.reference.build import EmbeddingQuantization
 from trl_grpo_ext.reference.completions import completion_logits
+from trl_grpo_ext.reference.layer_stream import StreamedLayer
 from trl_grpo_ext.reference.mixed import bytes_within
 from trl_grpo_ext.reference.options import DEFAULT_RANK, Compensation, ReferenceSettings
 from trl_grpo_ext.reference.quantized import QuantizationType
@@ -386,7 +387,11 @@ def sizes(reference: PreTrainedModel) -> dict[str, float]:
 def timings(
     reference: PreTrainedModel, policy: PreTrainedModel, batch: CompletionBatch
 ) -> dict[str, float]:
-    """Return the seconds of log-probs of a batch, against those of the policy, in turn with it."""
+    """Return the seconds of log-probs of a batch, against those of the policy, in turn with it.
+
+    Of a streamed reference also those of its copies alone, and how much of the shorter of the two,
+    copies or compute, the longer one hides: 1 for all of it, 0 for none.
+    """
     seconds: dict[PreTrainedModel, list[float]] = {policy: [], reference: []}
     for repeat in range(4):
         for model, found in seconds.items():
@@ -397,8 +402,25 @@ def timings(
     ours, exact = statistics.median(seconds[reference]), statistics.median(seconds[policy])
     timed = {"logprob_seconds": ours, "resident_seconds": exact, "logprob_ratio": ours / exact}
     if layers := streamed_layers(reference):
-        timed["streamed_bytes_per_second"] = layers[0].stream.host_bytes / ours
+        copies = copy_seconds(layers, device=policy.device)
+        timed |= {
+            "streamed_bytes_per_second": layers[0].stream.host_bytes / ours,
+            "copy_seconds": copies,
+            "copy_overlap": (copies + exact - ours) / min(copies, exact),
+        }
     return timed
+
+
+def copy_seconds(layers: Sequence[StreamedLayer], *, device: torch.device) -> float:
+    """Return the seconds of bringing all layers to the device, with nothing to compute."""
+    stream, seconds = layers[0].stream, []
+    for _ in range(3):
+        stream.forget()
+        start = now()
+        for index in range(len(layers)):
+            stream.weights(index, device=device)
+        seconds.append(now() - start)
+    return statistics.median(seconds)
 
 
 def now() -> float:

@@ -82,6 +82,11 @@ def test_every_arm_is_measured_and_drawn(
     assert result["width_4096_layer_bytes_ratio"] < 0.31
     for kind in kinds.values():
         assert kind["floor_ratio"] == pytest.approx(kind["kl_k3"] / kinds["nf4"]["kl_k3"])
+    alone, both = (kinds["streamed"][key] for key in ("copy_seconds", "logprob_seconds"))
+    compute = kinds["streamed"]["resident_seconds"]
+    assert kinds["streamed"]["copy_overlap"] == pytest.approx(
+        (alone + compute - both) / min(alone, compute)
+    )
     for exact in ("resident", "streamed"):
         assert kinds[exact]["kl_k3"] == 0
         assert kinds[exact]["gradient_cosine"] == pytest.approx(1)
