@@ -17,6 +17,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     Qwen3MoeConfig,
@@ -393,6 +395,35 @@ def test_old_logprobs_come_from_the_sampler_when_a_generation_feeds_several_step
     torch.testing.assert_close(*map(torch.tensor, found), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_model_that_keeps_the_prefix_to_itself(
+    verify: bool,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    warnings_logged: pytest.LogCaptureFixture,
+) -> None:
+    config = FalconConfig(
+        vocab_size=AutoConfig.from_pretrained(tiny_model_dir).vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    folder = tmp_path / "falcon"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        FalconForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(folder)
+    trainer = ours(folder, tmp_path, verify_shared_prefix=verify, max_steps=1)
+    if verify:
+        trainer.train()
+        assert "does not hand `shared_prefix` on to its attention" in warnings_logged.text
+    else:
+        with pytest.raises(SharedPrefixError, match="FalconForCausalLM does not hand"):
+            trainer.train()
+
+
 def recomputed(records: pytest.LogCaptureFixture) -> list[str]:
     return [r.message for r in records.records if "old policy are recomputed" in r.message]
 
@@ -415,10 +446,13 @@ def test_old_logprobs_are_recomputed_where_positions_count_padding(
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     )
     folder = tmp_path / "gpt2"
-    GPT2LMHeadModel(config).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(folder)
     changes = {"num_iterations": 2, "beta": 0.0, "max_steps": 2}
-    assert abs(first_loss(ours(folder, tmp_path, **changes))) < 1e-6
+    expected = first_loss(ours(folder, tmp_path, old_logprobs="recompute", **changes))
+    assert first_loss(ours(folder, tmp_path, **changes)) == pytest.approx(expected, abs=1e-6)
     (told,) = recomputed(warnings_logged)
     assert "positions are not rotary, and may count padding" in told
 
@@ -426,7 +460,9 @@ def test_old_logprobs_are_recomputed_where_positions_count_padding(
 def test_old_logprobs_are_recomputed_where_the_first_batch_disagrees(
     tiny_model_dir: Path, tmp_path: Path, warnings_logged: pytest.LogCaptureFixture
 ) -> None:
-    trainer = ours(tiny_model_dir, tmp_path, num_iterations=2, beta=0.0, max_steps=2)
+    changes = {"num_iterations": 2, "beta": 0.0, "max_steps": 2}
+    expected = first_loss(ours(tiny_model_dir, tmp_path, old_logprobs="recompute", **changes))
+    trainer = ours(tiny_model_dir, tmp_path, **changes)
     sample = trainer.sample_completions
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
@@ -436,7 +472,7 @@ def test_old_logprobs_are_recomputed_where_the_first_batch_disagrees(
         return completions
 
     trainer.sample_completions = wrong
-    assert abs(first_loss(trainer)) < 1e-6
+    assert first_loss(trainer) == pytest.approx(expected, abs=1e-6)
     (told,) = recomputed(warnings_logged)
     assert "the sampler's differ by 0.5 nats on the first batch" in told
 

@@ -186,6 +186,21 @@ class LogprobSeams(SamplingSeams):
     def _packed_forward(
         self, model: nn.Module, groups: PackedGroups, *, compute_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
+        try:
+            return self._packed_statistics(model, groups, compute_entropy=compute_entropy)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if groups.attended.count:
+                raise
+            raise SharedPrefixError(
+                f"{type(self._causal_lm(model)).__name__} does not hand `shared_prefix` on to its "
+                "attention. Set `shared_prefix: never`."
+            ) from error
+
+    def _packed_statistics(
+        self, model: nn.Module, groups: PackedGroups, *, compute_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
         if self._keeps_logits(model, groups):
             logits_1LV = model(**groups.inputs).logits
             logprobs_L, entropies_L = token_statistics(
