@@ -29,7 +29,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 
 from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
 from trl_grpo_ext.errors import ConfigurationError, ReferenceModelError
-from trl_grpo_ext.reference import QuantizedLinear, streamed_layers, summarize_reference
+from trl_grpo_ext.reference import QuantizedLinear, choice, streamed_layers, summarize_reference
 from trl_grpo_ext.reference.sampling import CalibrationSampler
 
 PROMPTS = Dataset.from_dict({"prompt": [f"{a} + {a} =" for a in range(8)]})
@@ -309,8 +309,8 @@ def test_a_reference_on_disk_has_a_folder_also_where_nothing_else_is_saved(
 ) -> None:
     changes = {"reference": "streamed", "reference_on_disk": True}
     trainer = ext_trainer(tiny_model_dir, tmp_path, **changes)
-    files = (tmp_path / "out" / "reference").glob("*/layer-*.safetensors")
-    assert len(list(files)) == 2
+    (link,) = (tmp_path / "out" / "reference").glob("*/initial-*.safetensors")
+    assert link.samefile(tiny_model_dir / "model.safetensors")
     assert trainer.reference_keeper.settings.on_disk
 
 
@@ -343,6 +343,27 @@ def test_auto_takes_four_bits_where_memory_is_short(
     assert trainer.reference_kind == "quantized"
     assert "does not fit" in trainer.reference_reason
     assert isinstance(trainer.ref_model.model.layers[0].mlp.up_proj, QuantizedLinear)
+
+
+@pytest.mark.parametrize("on_disk", [None, True, False])
+def test_auto_reads_from_disk_before_it_takes_four_bits(
+    on_disk: bool | None, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deeper = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model_dir, num_hidden_layers=6))
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "deeper")
+    deeper.save_pretrained(folder)
+    memory = SimpleNamespace(available=4 * deeper.num_parameters() - 1)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(choice, "estimate_run", lambda *_: SimpleNamespace(parts={}))
+    trainer = ext_trainer(folder, tmp_path, reference_on_disk=on_disk, **SAVING)
+    if on_disk is False:
+        assert trainer.reference_kind == "quantized"
+        return
+    assert trainer.reference_kind == "streamed"
+    assert "its layers are read from disk" in trainer.reference_reason
+    assert trainer.reference_keeper.settings.on_disk
+    history, _ = train(trainer)
+    assert series(history, "kl")[0] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_auto_does_not_come_to_four_bits_that_would_move_a_part_of_the_way(

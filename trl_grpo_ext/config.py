@@ -362,11 +362,11 @@ def _options_in_vain(config: GRPOConfig, options: ExtensionOptions) -> Iterator[
             f"`beta` is 0, so there is no KL penalty and no reference, but {_named(penalty)} set. "
             "Set `beta` above 0 (0.01 to 0.05 is usual), or remove what is set."
         )
-    for kind, details in (("quantized", quantized), ("streamed", streamed)):
-        if options.reference != kind and details:
+    for kinds, details in ((("quantized",), quantized), (("streamed", "auto"), streamed)):
+        if options.reference not in kinds and details:
             yield (
                 f"`reference` is {options.reference!r}, but {_named(details)} set. "
-                f"Set `reference: {kind}`, or remove what is set."
+                f"Set `reference: {kinds[0]}`, or remove what is set."
             )
     if not options.extensions and others:
         yield (

@@ -187,6 +187,21 @@ def test_choose_reference_quantizes_where_no_exact_one_fits() -> None:
     assert choose(free_host_bytes=None) == "quantized"
     assert choose(free_host_bytes=14 * GB - 1) == "quantized"
     assert choose(reserved_bytes=18 * GB + 1) == "quantized"
+    assert choose(streamed_device_bytes=None) == "quantized"
+
+
+def test_choose_reference_reads_from_disk_what_host_memory_cannot_hold() -> None:
+    small: dict[str, Any] = {"free_host_bytes": 14 * GB - 1, "free_disk_bytes": 14 * GB}
+    assert choose(**small) == "streamed"
+    assert choose(**{**small, "free_host_bytes": None}) == "streamed"
+    assert choose(**{**small, "free_disk_bytes": 14 * GB - 1}) == "quantized"
+    assert choose(**{**small, "free_disk_bytes": GB, "disk_bytes": GB}) == "streamed"
+    assert choose(**{**small, "reserved_bytes": 18 * GB + 1}) == "quantized"
+
+
+def test_choose_reference_of_a_split_policy_counts_the_part_of_a_device() -> None:
+    assert choose(reserved_bytes=13 * GB, num_shards=2) == "resident"
+    assert choose(reserved_bytes=13 * GB + 1, num_shards=2) == "streamed"
 
 
 def test_choose_reference_says_why_with_the_numbers() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -10,7 +13,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_grpo_ext.memory import RunSettings, estimate_run, model_shape, reference_bytes
+from trl_grpo_ext.reference import choice
 from trl_grpo_ext.reference.choice import choose_kind
+from trl_grpo_ext.reference.streamed import disk_bytes
 
 CONFIG = LlamaConfig(
     vocab_size=128,
@@ -21,7 +26,7 @@ CONFIG = LlamaConfig(
     num_key_value_heads=2,
 )
 SETTINGS = RunSettings(dtype="float32", micro_batch=8, generation_batch=8, completion_tokens=16)
-LATER = ("optimizer", "gradients", "activations", "kv_cache")
+LATER = ("casts", "optimizer", "buckets", "gathered", "gradients", "activations", "kv_cache")
 
 
 def policy(device: str) -> LlamaForCausalLM:
@@ -34,8 +39,8 @@ def copy_bytes() -> int:
     return 4 * policy("meta").num_parameters()
 
 
-def reserved_bytes() -> int:
-    parts = estimate_run(model_shape(CONFIG), SETTINGS).parts
+def reserved_bytes(settings: RunSettings = SETTINGS) -> int:
+    parts = estimate_run(model_shape(CONFIG), settings).parts
     return sum(parts[name] for name in LATER)
 
 
@@ -48,9 +53,9 @@ def test_a_copy_is_chosen_without_an_estimate_where_memory_is_plenty(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     set_free(monkeypatch, 16 * copy_bytes() + 1)
-    choice = choose_kind(policy("cpu"), SETTINGS, device=torch.device("cpu"))
-    assert choice.kind == "resident"
-    assert "fits into" in choice.reason
+    found = choose_kind(policy("cpu"), SETTINGS, device=torch.device("cpu"))
+    assert found.kind == "resident"
+    assert "fits into" in found.reason
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -65,10 +70,10 @@ def test_a_device_streams_from_the_host_when_a_copy_does_not_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     set_free(monkeypatch, copy_bytes() + reserved_bytes() - 1)
-    choice = choose_kind(policy("meta"), SETTINGS, device=torch.device("meta"))
-    assert choice.kind == "streamed"
-    assert "does not fit" in choice.reason
-    assert "stream from" in choice.reason
+    found = choose_kind(policy("meta"), SETTINGS, device=torch.device("meta"))
+    assert found.kind == "streamed"
+    assert "does not fit" in found.reason
+    assert "stream from" in found.reason
 
 
 def test_four_bits_are_chosen_when_not_even_two_layers_fit(
@@ -83,9 +88,9 @@ def test_four_bits_are_chosen_when_not_even_two_layers_fit(
 
 def test_a_cpu_has_nowhere_to_stream_from(monkeypatch: pytest.MonkeyPatch) -> None:
     set_free(monkeypatch, copy_bytes() + reserved_bytes() - 1)
-    choice = choose_kind(policy("cpu"), SETTINGS, device=torch.device("cpu"))
-    assert choice.kind == "quantized"
-    assert "the host's memory too" in choice.reason
+    found = choose_kind(policy("cpu"), SETTINGS, device=torch.device("cpu"))
+    assert found.kind == "quantized"
+    assert "the host's memory too" in found.reason
 
 
 def test_processes_share_the_memory_of_their_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,12 +101,94 @@ def test_processes_share_the_memory_of_their_machine(monkeypatch: pytest.MonkeyP
     assert choose_kind(policy("cpu"), SETTINGS, device=torch.device("cpu")).kind == "quantized"
 
 
-def test_sharded_weights_leave_the_reference_to_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+SPLIT = dataclasses.replace(SETTINGS, num_gpus=4, sharding="fsdp")
+
+
+def test_of_a_split_copy_each_process_needs_room_for_its_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    part, device = copy_bytes() // 4, torch.device("meta")
+    set_free(monkeypatch, part + reserved_bytes(SPLIT))
+    assert choose_kind(policy("meta"), SPLIT, device=device).kind == "resident"
+    set_free(monkeypatch, part + part + reserved_bytes(SPLIT))
+    assert choose_kind(policy("cpu"), SPLIT, device=device).kind == "resident"  # and the policy's
+    set_free(monkeypatch, part + reserved_bytes(SPLIT) - 1)
+    found = choose_kind(policy("meta"), SPLIT, device=device)
+    assert found.kind == "streamed"
+    assert found.reason.startswith("a part of 0.0 GB does not fit into")
+
+
+def test_a_split_copy_is_taken_where_nothing_fits_and_four_bits_are_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choice, "available_host_bytes", lambda: 0)
     set_free(monkeypatch, 1)
-    settings = RunSettings(num_gpus=2, sharding="fsdp")
-    choice = choose_kind(policy("cpu"), settings, device=torch.device("cpu"))
-    assert choice.kind == "resident"
-    assert choice.reason == "each process holds a part of it"
+    device = torch.device("meta")
+    many, two = (dataclasses.replace(SPLIT, num_gpus=number) for number in (16, 2))
+    found = choose_kind(policy("meta"), many, device=device)
+    assert found == ("resident", "each process holds a part of it, less than in 4 bits", False)
+    assert choose_kind(policy("meta"), two, device=device).kind == "quantized"
+
+
+# From disk ----------------------------------------------------------------------------------------
+
+
+def set_free_disk(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=num_bytes))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_layers_are_read_from_disk_where_host_memory_is_too_small(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "available_host_bytes", lambda: copy_bytes() - 1)
+    monkeypatch.setattr(choice, "available_memory_bytes", lambda: copy_bytes() - 1)
+    monkeypatch.setattr(choice, "estimate_run", lambda *_: SimpleNamespace(parts={}))
+    written = disk_bytes(policy(device))
+    set_free_disk(monkeypatch, written)
+    place = {"device": torch.device(device), "disk": tmp_path / "to be" / "made"}
+    found = choose_kind(policy(device), SETTINGS, **place)
+    assert (found.kind, found.on_disk) == ("streamed", True)
+    assert found.reason.endswith("its layers are read from disk, of which they take 0.0 GB")
+    set_free_disk(monkeypatch, written - 1)
+    assert choose_kind(policy(device), SETTINGS, **place).kind == "quantized"
+    place["disk"] = None
+    assert choose_kind(policy(device), SETTINGS, **place).kind == "quantized"
+
+
+def test_files_of_the_model_itself_take_no_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy("cpu").save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    set_free(monkeypatch, copy_bytes() - 1)
+    monkeypatch.setattr(choice, "estimate_run", lambda *_: SimpleNamespace(parts={}))
+    set_free_disk(monkeypatch, 10_000)  # for the angles of the positions
+    found = choose_kind(loaded, SETTINGS, device=torch.device("cpu"), disk=tmp_path)
+    assert (found.kind, found.on_disk) == ("streamed", True)
+
+
+def test_host_memory_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_free(monkeypatch, copy_bytes() + reserved_bytes() - 1)
+    found = choose_kind(
+        policy("meta"),
+        SETTINGS,
+        device=torch.device("meta"),
+        disk=tmp_path,
+        in_host_memory=False,
+    )
+    assert (found.kind, found.on_disk) == ("streamed", True)
+
+
+def test_a_model_that_cannot_be_streamed_is_quantized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = policy("meta")
+    shared.model.layers[2].mlp.up_proj.weight = shared.model.layers[0].mlp.up_proj.weight
+    set_free(monkeypatch, copy_bytes() + reserved_bytes() - 10**6)
+    found = choose_kind(shared, SETTINGS, device=torch.device("meta"), disk=tmp_path)
+    assert found.kind == "quantized"
+    assert found.reason.endswith("and the model cannot be streamed")
 
 
 def test_a_policy_that_is_not_yet_on_its_device_needs_room_there_too(

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from trl_grpo_ext._trl.reference import ReferenceSeams
 from trl_grpo_ext.cpu_linear import use_onednn
 from trl_grpo_ext.errors import ConfigurationError
-from trl_grpo_ext.memory import RunSettings
+from trl_grpo_ext.memory import ReferenceChoice, RunSettings
 from trl_grpo_ext.reference import KLPenalty
 from trl_grpo_ext.reference.choice import choose_kind
 from trl_grpo_ext.reference.keeper import ReferenceKeeper
@@ -58,8 +58,9 @@ class OwnReference(ReferenceSeams):
 
     def make_reference(self, policy: PreTrainedModel) -> nn.Module | None:
         """Return the frozen reference that ``reference`` asks for; ``None`` for TRL's own."""
-        kind, reason = self._choose_reference(policy)
-        self._tell_reference(kind, reason)
+        choice = self._choose_reference(policy)
+        kind = choice.kind
+        self._tell_reference(kind, choice.reason)
         self._check_sync(kind)
         if self.options.reference == "auto" and kind == "resident" and not self._copies(policy):
             return None
@@ -68,8 +69,10 @@ class OwnReference(ReferenceSeams):
             use_onednn(policy)
         samples = kind == "quantized" and not self.reads_images
         sampler = self._calibration_sampler() if samples else None
+        settings = ReferenceSettings.of(self.options, kind=kind)
+        settings = dataclasses.replace(settings, on_disk=choice.on_disk)
         keeper = ReferenceKeeper(
-            ReferenceSettings.of(self.options, kind=kind),
+            settings,
             sample=sampler,
             drawn_from="" if sampler is None else sampler.identity,
             penalty=KLPenalty(
@@ -78,7 +81,7 @@ class OwnReference(ReferenceSeams):
                 bias_correction=self.args.use_bias_correction_kl,
                 temperature=self.args.temperature,
             ),
-            store=self._reference_store(kind),
+            store=self._reference_store(settings),
             onednn=on_cpu and self.runs_onednn,
             progress=not self.args.disable_tqdm and self.is_local_process_zero(),
         )
@@ -104,16 +107,30 @@ class OwnReference(ReferenceSeams):
         self.reference_kind, self.reference_reason = kind, reason
         logger.info(f"reference: {kind} ({reason})")
 
-    def _choose_reference(self, policy: PreTrainedModel) -> tuple[ReferenceKind, str]:
+    def _choose_reference(self, policy: PreTrainedModel) -> ReferenceChoice:
+        on_disk = self.options.reference_on_disk
         if self.options.reference != "auto":
-            return self.options.reference, "as asked"
+            return ReferenceChoice(self.options.reference, "as asked", bool(on_disk))
         if self.reads_images:
-            return "resident", "TRL's own, which reads images too"
+            return ReferenceChoice("resident", "TRL's own, which reads images too")
+        if self.shards_weights and not self._has_whole(policy):
+            return ReferenceChoice("resident", "each process holds a part of it")
+        allowed = on_disk is not False and not self.args.sync_ref_model  # which writes it anew
+        choice = choose_kind(
+            policy,
+            self._run_settings(policy),
+            device=self.accelerator.device,
+            disk=self._reference_folder if on_disk or allowed else None,
+            in_host_memory=not on_disk,
+        )
         # Free memory differs between processes, and all must go the same way.
-        settings, device = self._run_settings(policy), self.accelerator.device
-        choice = [choose_kind(policy, settings, device=device)]
-        broadcast_object_list(choice)
-        return choice[0].kind, choice[0].reason
+        return cast(ReferenceChoice, broadcast_object_list([choice])[0])
+
+    def _has_whole(self, policy: PreTrainedModel) -> bool:
+        """Whether each process has all weights now, and could follow them once they are split."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        loads_once = plugin is not None and bool(plugin.cpu_ram_efficient_loading)
+        return not (self.uses_fsdp1 or loads_once or is_partitioned(policy))
 
     def _check_sync(self, kind: ReferenceKind) -> None:
         """Refuse what the options alone do not tell: what `auto` came to, and how weights lie."""
@@ -136,16 +153,18 @@ class OwnReference(ReferenceSeams):
         if problems:
             raise ConfigurationError(problems)
 
-    def _reference_store(self, kind: ReferenceKind) -> ReferenceStore | None:
+    @property
+    def _reference_folder(self) -> Path:
+        return Path(str(self.args.output_dir)) / FOLDER
+
+    def _reference_store(self, settings: ReferenceSettings) -> ReferenceStore | None:
         """Where the reference is saved: for a resume, for other processes, or to be read there."""
         saves = self.args.save_strategy != "no"
-        if kind == "quantized":
+        if settings.kind == "quantized":
             saves = saves or self.accelerator.num_processes > 1
         elif self.uses_fsdp1:  # it flattens weights, so that they cannot be gathered one by one
             saves = False
-        if not saves and not self.options.reference_on_disk:
-            return None
-        return ReferenceStore(Path(str(self.args.output_dir)) / FOLDER)
+        return ReferenceStore(self._reference_folder) if saves or settings.on_disk else None
 
     def _run_settings(self, policy: PreTrainedModel) -> RunSettings:
         """What the planner must know of this run; a prompt is taken to have its 512 tokens."""

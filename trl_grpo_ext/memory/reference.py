@@ -149,30 +149,39 @@ class ReferenceChoice(NamedTuple):
     Attributes:
         kind: To build.
         reason: One clause, with the numbers (GB of 1e9 bytes) that it was chosen for.
+        on_disk: Whether a streamed one is read from disk, because host memory is too small.
     """
 
-    kind: Literal["adapter", "resident", "streamed", "quantized"]
+    kind: ReferenceKind
     reason: str
+    on_disk: bool = False
 
 
 def choose_reference(
     *,
     parameter_bytes: int,
-    streamed_device_bytes: int,
+    streamed_device_bytes: int | None,
     free_device_bytes: int,
     reserved_bytes: int = 0,
     free_host_bytes: int | None = None,
+    free_disk_bytes: int | None = None,
+    disk_bytes: int | None = None,
+    num_shards: int = 1,
     has_adapter: bool = False,
 ) -> ReferenceChoice:
     """Return the first exact reference that fits: adapter, resident, streamed; else quantized.
 
     Args:
         parameter_bytes: Of the policy's weights, which an exact copy takes again.
-        streamed_device_bytes: What a streamed reference keeps on the device.
+        streamed_device_bytes: What a streamed reference keeps on the device; ``None`` if the model
+            cannot be streamed.
         free_device_bytes: Free on the device (the host on a machine without one) at this moment.
         reserved_bytes: What the run will still take of them: optimizer, gradients, activations.
         free_host_bytes: Free in host memory, for this process; ``None`` if the policy computes
             there itself, so that there is nowhere to stream from.
+        free_disk_bytes: Free on the disk that layers may be read from; ``None`` for none.
+        disk_bytes: What streaming from there writes to it; the policy's if not given.
+        num_shards: Devices that a resident copy is split over.
         has_adapter: Whether the policy is an adapter over a frozen model.
 
     Example:
@@ -185,25 +194,37 @@ def choose_reference(
         ...     free_host_bytes=64 * gb,
         ... )  # doctest: +NORMALIZE_WHITESPACE
         ReferenceChoice(kind='streamed', reason='a copy of 14.0 GB does not fit into the 10.0 GB
-        that are left on the device; its layers stream from the 64.0 GB free in host memory')
+        that are left on the device; its layers stream from the 64.0 GB free in host memory',
+        on_disk=False)
     """
     if has_adapter:
         return ReferenceChoice("adapter", "the policy with its adapter switched off is exact")
     left = max(0, free_device_bytes - reserved_bytes)
-    copy = f"a copy of {_gb(parameter_bytes)}"
-    if parameter_bytes <= left:
+    part = -(-parameter_bytes // num_shards)
+    copy = f"a copy of {_gb(part)}" if num_shards == 1 else f"a part of {_gb(part)}"
+    if part <= left:
         return ReferenceChoice("resident", f"{copy} fits into the {_gb(left)} that are left")
     does_not = f"{copy} does not fit into the {_gb(left)} that are left on the device"
-    if free_host_bytes is None:
-        return ReferenceChoice("quantized", f"{does_not}, which is the host's memory too")
-    if parameter_bytes > free_host_bytes:
-        why = f"nor into the {_gb(free_host_bytes)} free in host memory"
-        return ReferenceChoice("quantized", f"{does_not}, {why}")
+    if streamed_device_bytes is None:
+        return ReferenceChoice("quantized", f"{does_not}, and the model cannot be streamed")
     if streamed_device_bytes > left:
         why = f"and two layers of it take {_gb(streamed_device_bytes)}"
         return ReferenceChoice("quantized", f"{does_not}, {why}")
-    why = f"its layers stream from the {_gb(free_host_bytes)} free in host memory"
-    return ReferenceChoice("streamed", f"{does_not}; {why}")
+    if free_host_bytes is not None and parameter_bytes <= free_host_bytes:
+        why = f"its layers stream from the {_gb(free_host_bytes)} free in host memory"
+        return ReferenceChoice("streamed", f"{does_not}; {why}")
+    if free_host_bytes is None:
+        does_not += ", which is the host's memory too"
+    else:
+        does_not += f", nor into the {_gb(free_host_bytes)} free in host memory"
+    if free_disk_bytes is None:
+        return ReferenceChoice("quantized", does_not)
+    written = parameter_bytes if disk_bytes is None else disk_bytes
+    if written <= free_disk_bytes:
+        why = f"its layers are read from disk, of which they take {_gb(written)}"
+        return ReferenceChoice("streamed", f"{does_not}; {why}", on_disk=True)
+    why = f"nor {_gb(written)} of it on disk, where {_gb(free_disk_bytes)} are free"
+    return ReferenceChoice("quantized", f"{does_not}, {why}")
 
 
 def _gb(num_bytes: int) -> str:

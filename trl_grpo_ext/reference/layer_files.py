@@ -1,6 +1,7 @@
 """The weights of a model as one safetensors file a layer, and one of all the rest.
 
-Tensors have the names that they have in the model. Files are memory-mapped: what is read lies in
+Tensors have the names that they have in the model. What the model's initial files hold is linked
+from there (:mod:`.initial_files`), and not in these. Files are memory-mapped: what is read lies in
 the page cache, which all processes of a machine share and the kernel takes back when it must.
 """
 
@@ -13,13 +14,13 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl_grpo_ext.errors import ReferenceModelError
 from trl_grpo_ext.layerwise import decoder_layers
+from trl_grpo_ext.reference.initial_files import kinds_of, map_initial, map_weights, raw_bytes
 from trl_grpo_ext.reference.layer_stream import Weights, named_tensors
 
 OUTSIDE_LAYERS = "outside-layers"  # embeddings, last norm, head
@@ -85,24 +86,6 @@ def save_weights(weights: Weights, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def map_weights(path: Path) -> Weights:
-    """Return the tensors of a file, read when they are used; none if there is no such file.
-
-    Raises:
-        ReferenceModelError: the file is damaged.
-    """
-    if not path.exists():
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ReferenceModelError(
-            f"{path} is damaged ({error}), so the reference cannot be read from it. "
-            "Delete the file, and start again."
-        ) from error
-
-
 def map_model(folder: Path, model: PreTrainedModel) -> Weights:
     """Return the tensors of all files in a folder that :func:`weights_by_file` names.
 
@@ -110,10 +93,8 @@ def map_model(folder: Path, model: PreTrainedModel) -> Weights:
         ReferenceModelError: a file is damaged, or not of a model like this one.
     """
     found: Weights = {}
-    for stem, expected in weights_by_file(model).items():
-        path = folder / f"{stem}.safetensors"
-        weights = map_weights(path)
-        kinds, wanted = _kinds(weights), _kinds(expected)
+    for path, weights, expected in _mapped(folder, model):
+        kinds, wanted = kinds_of(weights), kinds_of(expected)
         if others := sorted(n for n in kinds | wanted if kinds.get(n) != wanted.get(n)):
             raise ReferenceModelError(
                 f"{path} does not hold this policy: {len(others)} tensors are missing, too many, "
@@ -128,11 +109,21 @@ def folder_holds(folder: Path, model: PreTrainedModel) -> bool:
     """Return whether the files in a folder are the weights of a model, bit for bit."""
     try:
         return all(
-            _same_bits(map_weights(folder / f"{stem}.safetensors"), weights)
-            for stem, weights in weights_by_file(model).items()
+            kinds_of(weights) == kinds_of(expected)
+            and all(torch.equal(raw_bytes(weights[n]), raw_bytes(expected[n])) for n in expected)
+            for _, weights, expected in _mapped(folder, model)
         )
     except ReferenceModelError:  # damaged
         return False
+
+
+def _mapped(folder: Path, model: PreTrainedModel) -> Iterator[tuple[Path, Weights, Weights]]:
+    """Each file with its tensors, those that are linked too, and what they should be like."""
+    linked = map_initial(folder)
+    for stem, expected in weights_by_file(model).items():
+        path = folder / f"{stem}.safetensors"
+        initial = {name: linked[name] for name in expected if name in linked}
+        yield path, initial | map_weights(path), expected
 
 
 def _all_named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -140,17 +131,3 @@ def _all_named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return chain(
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     )
-
-
-def _same_bits(found: Weights, expected: Weights) -> bool:
-    return _kinds(found) == _kinds(expected) and all(
-        torch.equal(_bytes(found[name]), _bytes(tensor.cpu())) for name, tensor in expected.items()
-    )
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1).view(torch.uint8)
-
-
-def _kinds(weights: Weights) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    return {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}

@@ -107,8 +107,9 @@ class ReferenceOptions:
     reference_on_disk: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether the streamed reference is read from files beside the checkpoints "
-            "instead of host memory; false by default."
+            "help": "Whether the streamed reference is read from files instead of host memory: the "
+            "model's own safetensors, linked beside the checkpoints, and what these do not hold. "
+            "By default it is with 'auto', where host memory is too small, and else not."
         },
     )
     reference_kl_target: float | None = field(

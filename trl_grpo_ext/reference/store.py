@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl_grpo_ext.errors import ReferenceModelError
-from trl_grpo_ext.reference.layer_files import OUTSIDE_LAYERS, map_weights, save_weights
+from trl_grpo_ext.reference.initial_files import map_initial, map_weights, raw_bytes
+from trl_grpo_ext.reference.layer_files import OUTSIDE_LAYERS, save_weights
 from trl_grpo_ext.reference.layer_stream import Weights, named_tensors, streamed_layers
 from trl_grpo_ext.reference.whole import aligned, gathered, split_again, unsplit, whole_shape
 
@@ -39,7 +40,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):
         digest.update(f"{name} {tensor.dtype} {tuple(whole_shape(tensor))}\n".encode())
-        digest.update(_bytes(gathered(tensor)))
+        digest.update(cast(Any, raw_bytes(gathered(tensor)).numpy()))
     return digest.hexdigest()
 
 
@@ -129,7 +130,7 @@ class ReferenceStore:
                 "it started with. Put the folder back, or start from the initial model without "
                 "`resume_from_checkpoint`."
             )
-        weights: Weights = {}
+        weights = map_initial(folder, verify=True)
         for stem, _ in _stored(reference):
             weights |= map_weights(folder / f"{stem}.safetensors")
         if misfits := sorted(_misfits(reference, weights)):
@@ -249,10 +250,6 @@ def _check_disk(folder: Path, num_bytes: int) -> None:
             "are free, so that a resume could not have it back. Make room, or set `output_dir` to "
             "a disk with that much, or `save_strategy: no`."
         )
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 from trl_grpo_ext.errors import ReferenceModelError
 from trl_grpo_ext.reference.frozen import check_policy, frozen_copy
+from trl_grpo_ext.reference.initial_files import bytes_beside, link_initial, map_weights
 from trl_grpo_ext.reference.layer_files import (
     OUTSIDE_LAYERS,
     check_disk,
     folder_holds,
     layers_by_prefix,
     map_model,
-    map_weights,
     save_weights,
     weights_by_file,
 )
@@ -54,8 +54,9 @@ def build_streamed_reference(
 
     Args:
         policy: A causal language model, not a PEFT model.
-        folder: Where to write the weights, to read them from there instead of from host memory.
-            Files that hold exactly these weights already are used as they are.
+        folder: Where to keep the weights, to read them from there instead of from host memory:
+            written, or linked from the safetensors that the policy was loaded from. Files that hold
+            exactly these weights already are used as they are.
         pin: Whether host memory is page-locked, so that copies to a GPU overlap with its work; if
             ``None``, where there is CUDA. Files are not.
 
@@ -97,7 +98,8 @@ def save_streamed(policy: PreTrainedModel, folder: Path) -> None:
     """Write the policy's weights into a folder, for :func:`open_streamed`.
 
     One safetensors file a layer, and one of all the rest; tensors have the names that they have in
-    the policy, buffers included. Files of the same names are replaced.
+    the policy, buffers included. What the safetensors that the policy was loaded from hold, bit for
+    bit, is linked from there instead. Files of the same names are replaced.
 
     Raises:
         ReferenceModelError: the disk is too small, or the policy cannot be copied.
@@ -105,9 +107,23 @@ def save_streamed(policy: PreTrainedModel, folder: Path) -> None:
     check_policy(policy)
     files = weights_by_file(policy)
     folder.mkdir(parents=True, exist_ok=True)
-    check_disk(folder, sum(memory_bytes(weights) for weights in files.values()))
-    for stem, weights in files.items():
-        save_weights(weights, folder / f"{stem}.safetensors")
+    linked = link_initial(policy, folder, {n: t for of in files.values() for n, t in of.items()})
+    rest = {
+        folder / f"{stem}.safetensors": {n: t for n, t in weights.items() if n not in linked}
+        for stem, weights in files.items()
+    }
+    check_disk(folder, sum(memory_bytes(weights) for weights in rest.values()))
+    for path, weights in rest.items():
+        if weights:
+            save_weights(weights, path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def disk_bytes(policy: PreTrainedModel) -> int:
+    """Return the bytes that :func:`save_streamed` writes, if initial files still hold the rest."""
+    files = weights_by_file(policy)
+    return bytes_beside(policy, {n: t for of in files.values() for n, t in of.items()})
 
 
 def open_streamed(policy: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -115,7 +131,8 @@ def open_streamed(policy: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     Args:
         policy: A model like the one that was saved: structure and device count, weights do not.
-        folder: Its files are memory-mapped for as long as the reference lives, and never changed.
+        folder: Its files are memory-mapped for as long as the reference lives, and never changed;
+            so are those that it links to.
 
     Raises:
         ReferenceModelError: the folder holds no such model, or the policy cannot be copied.
