@@ -11,8 +11,9 @@ import torch
 from launching import launch
 
 SCRIPT = '''
-import json, logging, sys, types, warnings
+import json, logging, os, sys, types, warnings
 warnings.filterwarnings("ignore")
+from pathlib import Path
 import psutil, torch
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -23,7 +24,10 @@ from trl_grpo_ext.layerwise import decoder_layers, run_layerwise
 from trl_grpo_ext.reference import (
     QuantizedLinear, build_reference, build_streamed_reference, streamed_layers,
 )
-from trl_grpo_ext.reference.store import fingerprint
+from trl_grpo_ext.reference import KLPenalty
+from trl_grpo_ext.reference.keeper import ReferenceKeeper
+from trl_grpo_ext.reference.options import ReferenceSettings
+from trl_grpo_ext.reference.store import ReferenceStore, fingerprint
 
 told = []
 handler = logging.Handler()
@@ -49,8 +53,9 @@ def digits(*, completions, **_):
     return [None if len(text) == 4 else score for text, score in zip(completions, scores)]
 
 def trainer_of(name, options):
+    disk = os.environ["RANK"] if name.endswith("apart") else ""
     config = ExtGRPOConfig(
-        f"{out}/{name}", use_cpu=True, bf16=False, report_to=[], disable_tqdm=True,
+        f"{out}/{name}{disk}", use_cpu=True, bf16=False, report_to=[], disable_tqdm=True,
         max_completion_length=8, learning_rate=1e-2, optim="sgd", logging_steps=1, seed=3,
         gradient_checkpointing=False,
         **{"num_generations": 4, "max_steps": 3, "save_strategy": "no", **options},
@@ -78,7 +83,28 @@ def train(name, options):
         "completions": list(trainer._logs["completion"]),
         "references": gather_object([bits]),
         "loads": gather_object([sum("reference: loaded" in text for text in told)]),
+        "sent": gather_object([sum("reference: sent" in text for text in told)]),
+        "fidelity": gather_object([trainer.reference_keeper and trainer.reference_keeper.fidelity]),
     }
+
+def share_again():
+    """The main process resumes another reference, which the other one does not see."""
+    rank = torch.distributed.get_rank()
+    keeper = ReferenceKeeper(
+        ReferenceSettings(compensation="none"), sample=None, penalty=KLPenalty(),
+        store=ReferenceStore(Path(f"{out}-again-{rank}")),
+    )
+    reference = keeper.build(AutoModelForCausalLM.from_pretrained(model))
+    waited = keeper.waits
+    keeper.share(reference, device=torch.device("cpu"))
+    if rank == 0:
+        keeper.key = "resumed"
+        with torch.no_grad():
+            for tensor in (*reference.parameters(), *reference.buffers()):
+                tensor.fill_(3)
+    keeper.share(reference, device=torch.device("cpu"))
+    tensors = (*reference.parameters(), *reference.buffers())
+    return gather_object([(waited, keeper.key, all(bool((t == 3).all()) for t in tensors))])
 
 def choose():
     measured = psutil.virtual_memory
@@ -124,7 +150,7 @@ def shard_streamed():
 found = {name: train(name, options) for name, options in cases.items()}
 if several:
     found |= {"choose": choose(), "shard-quantized": shard_quantized()}
-    found["shard-streamed"] = shard_streamed()
+    found |= {"shard-streamed": shard_streamed(), "share-again": share_again()}
 if not several or torch.distributed.get_rank() == 0:
     torch.save(found, out + ".pt")
 if torch.distributed.is_initialized():
@@ -165,6 +191,7 @@ MICRO_BATCHES = {"group_sampler": "shared_prefill", "shared_prefix": "always"}
 MOVES = {"beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 2, "save_steps": 2}
 MOVING: dict[str, dict[str, Any]] = {
     "moves-quantized": {"reference": "quantized", "ref_model_mixup_alpha": 1.0, **MOVES},
+    "moves-quantized-apart": {"reference": "quantized", "ref_model_mixup_alpha": 1.0, **MOVES},
     "moves-on-disk": {
         "reference": "streamed",
         "reference_on_disk": True,
@@ -240,6 +267,20 @@ def test_two_processes_move_the_reference_to_the_same_place(
     assert first == second
     assert two[case]["loads"] == loads
     assert len(two[case]["history"]) == 3
+
+
+def test_a_process_without_the_main_ones_disk_is_sent_its_reference(two: dict[str, Any]) -> None:
+    apart, together = two["moves-quantized-apart"], two["moves-quantized"]
+    assert apart["references"] == together["references"]
+    assert apart["loads"] == [0, 0]
+    assert (apart["sent"], together["sent"]) == ([0, 2], [0, 0])
+    assert apart["fidelity"] == together["fidelity"]
+    assert apart["fidelity"][0] is not None
+    assert apart["history"] == together["history"]
+
+
+def test_what_the_main_process_resumes_is_sent_too(two: dict[str, Any]) -> None:
+    assert two["share-again"] == [(False, "resumed", True), (True, "resumed", True)]
 
 
 def test_two_processes_choose_the_same_reference_where_their_memory_differs(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -485,16 +487,38 @@ def test_checkpoint_of_plain_trl_is_resumed_as_plain_trl_does(
     assert "checkpoint-3 is resumed as plain TRL does: it has no run_state_0.pt" in caplog.text
 
 
+def test_trls_own_reference_is_loaded_again_from_where_the_run_had_it(
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = build(tiny_model_dir, tmp_path, max_steps=4, save_steps=2)
+    whole.train()
+    assert json.loads((tmp_path / "checkpoint-2" / "reference.json").read_text()) == {
+        "reference": None,
+        "path": str(tiny_model_dir),
+    }
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed = build(tmp_path / "checkpoint-2", tmp_path, max_steps=4, save_steps=2)
+    assert whole.reference_source != resumed.reference_source
+    resumed.train("last-good")
+    assert "goes on with" not in caplog.text
+    assert whole.reference_source == resumed.reference_source
+    pairs = zip(whole.ref_model.parameters(), resumed.ref_model.parameters(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    assert_same(resumed, whole)
+
+
 def test_another_reference_than_the_run_began_with_is_told(
     tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    build(tiny_model_dir, tmp_path, max_steps=3).train()
+    initial = shutil.copytree(tiny_model_dir, tmp_path / "initial")
+    build(initial, tmp_path, max_steps=3).train()
     checkpoint = tmp_path / "checkpoint-3"
-    build(tiny_model_dir, tmp_path, max_steps=3).train("last-good")
+    build(initial, tmp_path, max_steps=3).train("last-good")
     assert "goes on with" not in caplog.text
+    shutil.rmtree(initial)
     build(checkpoint, tmp_path, max_steps=3).train("last-good")
     assert (
-        f"The run began with the reference 'resident, loaded from {tiny_model_dir}' and goes on "
+        f"The run began with the reference 'resident, loaded from {initial}' and goes on "
         f"with 'resident, loaded from {checkpoint}', so its KL is another one." in caplog.text
     )
 

@@ -636,5 +636,5 @@ def test_moving_a_quantized_reference_leaves_the_random_state_alone(
 ) -> None:
     trainer = ext_trainer(tiny_model_dir, tmp_path, **QUICK)
     state = torch.get_rng_state()
-    trainer.reference_keeper.sync(trainer.ref_model, trainer.model, alpha=1.0)
+    trainer.move_reference(trainer.reference_keeper)
     assert torch.equal(state, torch.get_rng_state())

@@ -411,7 +411,7 @@ def test_an_exact_reference_moves_a_part_of_the_way(kind: str, tmp_path: Path) -
     reference = kept.build(start)
     expected = policy()
     for _ in range(2):
-        kept.sync(reference, live, alpha=0.6)
+        kept.mix(reference, live, alpha=0.6)
         for target, source in zip(expected.parameters(), live.parameters(), strict=True):
             target.data.mul_(1.0 - 0.6).add_(source.data, alpha=0.6)  # what TRL does
     assert torch.equal(logits(reference), logits(expected))
@@ -421,7 +421,7 @@ def test_a_quantized_reference_that_moves_is_built_from_the_policy(tmp_path: Pat
     kept = keeper(tmp_path)
     reference = kept.build(policy())
     start, fidelity = kept.key, kept.fidelity
-    kept.sync(reference, policy(seed=1).train(), alpha=1.0)
+    kept.take(kept.build(policy(seed=1).train()), into=reference)
     fresh = keeper()
     assert torch.equal(logits(reference), logits(fresh.build(policy(seed=1))))
     assert kept.fidelity == fresh.fidelity != fidelity
@@ -438,7 +438,7 @@ def test_a_mixed_reference_that_moves_keeps_which_layers_have_8_bits(tmp_path: P
     other = keeper(settings=MIXED)
     other.build(policy(seed=1))
     assert sorted(other.wide or []) != sorted(chosen)
-    kept.sync(reference, policy(seed=1), alpha=1.0)
+    kept.take(kept.build(policy(seed=1)), into=reference)
     assert kept.wide == chosen
     expected = keeper(settings=MIXED, wide=chosen).build(policy(seed=1))
     assert torch.equal(logits(reference), logits(expected))
@@ -448,7 +448,6 @@ def test_a_mixed_reference_that_moves_keeps_which_layers_have_8_bits(tmp_path: P
 def test_checkpoints_before_and_after_a_move_have_their_own_reference(
     kind: str, tmp_path: Path
 ) -> None:
-    alpha = 1.0 if kind in ("quantized", "mixed") else 0.6
     kept = keeper(tmp_path, settings=KINDS[kind])
     reference = kept.build(policy())
     expected = []
@@ -457,7 +456,10 @@ def test_checkpoints_before_and_after_a_move_have_their_own_reference(
         checkpoint.mkdir()
         note(kept, checkpoint, reference)
         expected.append(logits(reference))
-        kept.sync(reference, policy(seed=step + 1), alpha=alpha)
+        if kind in ("quantized", "mixed"):
+            kept.take(kept.build(policy(seed=step + 1)), into=reference)
+        else:
+            kept.mix(reference, policy(seed=step + 1), alpha=0.6)
     for step in range(3):
         resumed = keeper(tmp_path, settings=KINDS[kind], sample=never)
         found = resumed.build(policy())
@@ -471,7 +473,7 @@ def test_a_reference_on_disk_moves_also_when_its_first_checkpoint_is_gone(tmp_pa
     checkpoint = tmp_path / "checkpoint-2"  # the only one, as with `save_total_limit: 1`
     checkpoint.mkdir()
     for seed in (1, 2):
-        kept.sync(reference, policy(seed=seed), alpha=1.0)
+        kept.mix(reference, policy(seed=seed), alpha=1.0)
         note(kept, checkpoint, reference)
     assert torch.equal(logits(reference), logits(policy(seed=2)))
 
@@ -485,7 +487,7 @@ def test_another_run_in_the_same_folder_does_not_take_the_moved_reference_of_the
     for seed in (1, 2):  # the policy at the same step of two runs
         kept = keeper(tmp_path, settings=KINDS[kind])
         reference = kept.build(policy())
-        kept.sync(reference, policy(seed=seed), alpha=0.6)
+        kept.mix(reference, policy(seed=seed), alpha=0.6)
         note(kept, checkpoint, reference)
     resumed = keeper(tmp_path, settings=KINDS[kind])
     found = resumed.build(policy())

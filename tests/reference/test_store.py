@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +17,11 @@ from trl_grpo_ext.errors import ReferenceModelError
 from trl_grpo_ext.reference import build_reference, build_streamed_reference
 from trl_grpo_ext.reference.store import (
     NOTE,
+    ReferenceNote,
     ReferenceStore,
     fingerprint,
+    note,
+    noted,
     reference_key,
 )
 
@@ -186,18 +188,19 @@ def test_a_key_depends_on_policy_and_settings_and_on_no_order() -> None:
 
 
 def test_a_checkpoint_notes_its_reference(tmp_path: Path) -> None:
-    store = ReferenceStore(tmp_path / "reference")
-    assert store.noted(tmp_path) is None
-    store.note(tmp_path, "abc")
-    assert store.noted(tmp_path) == "abc"
-    assert json.loads((tmp_path / NOTE).read_text()) == {"reference": "abc"}
+    assert noted(tmp_path) == ReferenceNote(None, None)
+    for written in (ReferenceNote(key="abc"), ReferenceNote(path="some/model")):
+        note(tmp_path, written)
+        assert noted(tmp_path) == written
+    (tmp_path / NOTE).write_text('{"reference": "abc"}')  # as it was written at first
+    assert noted(tmp_path) == ReferenceNote(key="abc")
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]"])
 def test_a_damaged_note_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / NOTE).write_text(text)
     with pytest.raises(ReferenceModelError, match="is damaged, so nothing says which reference"):
-        ReferenceStore(tmp_path).noted(tmp_path)
+        noted(tmp_path)
 
 
 def test_pruning_keeps_what_checkpoints_note_and_what_is_asked_for(tmp_path: Path) -> None:
@@ -206,6 +209,6 @@ def test_pruning_keeps_what_checkpoints_note_and_what_is_asked_for(tmp_path: Pat
         (store.root / key).mkdir(parents=True)
     for step, key in ((2, "noted"), (4, "also")):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        store.note(tmp_path / f"checkpoint-{step}", key)
+        note(tmp_path / f"checkpoint-{step}", ReferenceNote(key))
     store.prune(tmp_path, keep={"moved"})
     assert {folder.name for folder in store.root.iterdir()} == {"noted", "also", "moved"}

@@ -25,7 +25,7 @@ from trl_grpo_ext.reference.sampling import (
     different_prompts,
 )
 from trl_grpo_ext.reference.store import FOLDER, ReferenceStore
-from trl_grpo_ext.reference.whole import blueprint, is_partitioned, near, whole_policy
+from trl_grpo_ext.reference.whole import blueprint, is_partitioned, whole_policy
 
 logger = logging.get_logger(__name__)
 
@@ -54,7 +54,7 @@ class OwnReference(ReferenceSeams):
         """What the KL is measured against, so that a resumed run can compare."""
         if self.ref_model is None or self.saves_reference:
             return self.reference_kind
-        return f"{self.reference_kind}, loaded from {self._causal_lm(self.model).name_or_path}"
+        return f"{self.reference_kind}, loaded from {self.reference_path}"
 
     def make_reference(self, policy: PreTrainedModel) -> nn.Module | None:
         """Return the frozen reference that ``reference`` asks for; ``None`` for TRL's own."""
@@ -89,8 +89,7 @@ class OwnReference(ReferenceSeams):
             self.plan = blueprint(policy)
         if is_partitioned(policy):
             policy = whole_policy(policy, blueprint(policy))
-        with near(policy, self.accelerator.device), self.accelerator.main_process_first():
-            reference = keeper.build(policy)
+        reference = self.build_reference(keeper, policy)
         self.reference_keeper = keeper
         return reference
 

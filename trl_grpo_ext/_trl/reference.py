@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -27,7 +27,8 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl_grpo_ext._trl.logprobs import LogprobSeams
 from trl_grpo_ext.layerwise import decoder_layers, run_layerwise
 from trl_grpo_ext.reference.keeper import ReferenceKeeper
-from trl_grpo_ext.reference.layer_stream import streamed_layers
+from trl_grpo_ext.reference.layer_stream import Weights, named_tensors, streamed_layers
+from trl_grpo_ext.reference.store import ReferenceNote, fits, note, noted, replace_weights
 from trl_grpo_ext.reference.whole import near, whole_policy
 from trl_grpo_ext.sampling.gathered import gathered_weights
 from trl_grpo_ext.zero3 import without_zero3
@@ -39,12 +40,14 @@ class ReferenceSeams(LogprobSeams):
     """``trl.GRPOTrainer`` whose reference is built from the live policy and kept on disk."""
 
     reference_keeper: ReferenceKeeper | None
+    reference_path: str  # that TRL's own was loaded from
     plan: PreTrainedModel | None  # to gather a sharded policy by, where the reference follows it
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.reference_keeper = self.plan = None
         with _reference_from(self):
             super().__init__(*args, **kwargs)
+        self.reference_path = str(self._causal_lm(self.model).name_or_path)
         self._keep_reference()
 
     def _keep_reference(self) -> None:
@@ -62,6 +65,18 @@ class ReferenceSeams(LogprobSeams):
     def make_reference(self, policy: PreTrainedModel) -> nn.Module | None:
         """Return the frozen reference for this policy, or ``None`` to have TRL load its own."""
         return None
+
+    def build_reference(self, keeper: ReferenceKeeper, policy: PreTrainedModel) -> PreTrainedModel:
+        """Return the reference of a whole policy: the main process builds it, the others read it.
+
+        Those that do not see its disk get it from there.
+        """
+        device = self.accelerator.device
+        with near(policy, device):
+            with self.accelerator.main_process_first():
+                reference = keeper.build(policy)
+            keeper.share(reference, device=device)
+        return reference
 
     def load_reference(self, *args: Any, **kwargs: Any) -> Any:
         """Return the reference model: the hook's, or TRL's own."""
@@ -87,21 +102,18 @@ class ReferenceSeams(LogprobSeams):
         """The reference model below the wrappers of accelerate."""
         return self._causal_lm(cast(nn.Module, self.ref_model))
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,  # noqa: FBT001 - transformers' signature
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Train; a resumed run has the reference that it started with."""
-        if isinstance(resume_from_checkpoint, str):
-            self._resume_reference(Path(resume_from_checkpoint))
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; the first log says how faithful the reference is."""
         self.log_fidelity()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(*args, **kwargs)
 
-    def _resume_reference(self, checkpoint: Path) -> None:
+    def resume_reference(self, checkpoint: Path) -> None:
+        """Take the reference that the run of a checkpoint had, if this one has another."""
         if self.reference_keeper is not None:
             self.reference_keeper.resume(checkpoint, self.bare_reference)
+            self.reference_keeper.share(self.bare_reference, device=self.accelerator.device)
+        elif self.ref_model is not None and not self.uses_fsdp1:  # which flattens its weights
+            self._load_again(noted(checkpoint).path)
         if self.ref_model is None or self.saves_reference or not self.args.sync_ref_model:
             return
         step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
@@ -112,29 +124,54 @@ class ReferenceSeams(LogprobSeams):
                 "this run was given. `reference: resident` is saved and resumed, but for FSDP1."
             )
 
+    def _load_again(self, path: str | None) -> None:
+        """Load TRL's own reference from where the run had it from, if this run was given another.
+
+        What cannot be loaded stays what it is; that it is another one is told with the resume.
+        """
+        if path is None or path == self.reference_path:
+            return
+        reference = self.bare_reference
+        given = cast(dict[str, Any], self.args.model_init_kwargs or {})
+        options = given | {"dtype": reference.dtype, "device_map": None}
+        options.setdefault("trust_remote_code", self.args.trust_remote_code)
+        weights: Weights = {}
+        try:
+            with without_zero3():
+                fresh = grpo_trainer.create_model_from_path(path, **options)
+            weights = dict(named_tensors(fresh))
+        except (OSError, ValueError):  # it is gone, or no model
+            pass
+        if all(gather_object([fits(reference, weights)])):
+            replace_weights(reference, weights.items())
+            self.reference_path = path
+            logger.info(f"reference: loaded from {path}, as when the run began")
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Note in each checkpoint which reference it goes with."""
         super()._save_checkpoint(model, trial)
         keeper, writes = self.reference_keeper, self.is_world_process_zero()
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if keeper is None:
+            if self.extended and self.ref_model is not None and writes:
+                note(folder, ReferenceNote(path=self.reference_path))
             return
         unsaved = [keeper.is_unsaved]
         broadcast_object_list(unsaved)  # all must save one that is split, and disks may differ
         if unsaved[0]:
             keeper.save(self.bare_reference, writes=writes)
         if writes:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             keeper.note_in(folder)
 
     def move_reference(self, keeper: ReferenceKeeper) -> None:
         """Move the reference towards the policy of this moment, as ``sync_ref_model`` asks."""
-        alpha, policy = self.args.ref_model_mixup_alpha, self._policy_to_follow(keeper)
-        if keeper.settings.kind != "quantized":
-            keeper.sync(self.bare_reference, policy, alpha=alpha)
-            return
-        with near(policy, self.accelerator.device), self.accelerator.main_process_first():
-            keeper.sync(self.bare_reference, policy, alpha=alpha)
-        self.log_fidelity()
+        policy = self._policy_to_follow(keeper)
+        if keeper.settings.kind == "quantized":
+            keeper.take(self.build_reference(keeper, policy), into=self.bare_reference)
+            self.log_fidelity()
+        else:
+            alpha = self.args.ref_model_mixup_alpha
+            keeper.mix(self.bare_reference, policy, alpha=alpha)
 
     def prune_references(self, run_dir: Path) -> None:
         """Remove the saved references that no checkpoint of the run goes with any more."""

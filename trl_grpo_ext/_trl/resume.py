@@ -90,10 +90,13 @@ class ResumeSeams(RunStateSeams):
         self._train_sampler, self._resumed_from, self.epoch_ended_at = None, checkpoint, None
         if checkpoint is None:
             self.num_skipped = self.num_skipped_in_a_row = 0
-        self._resumed = None if checkpoint is None else self._read_run_state(Path(checkpoint))
+        self._resumed = None
         together = ending_together(agreed=(TrainingInterrupted,))
         with StopSignals() as self._signals, together:
             try:
+                if checkpoint is not None:
+                    self.resume_reference(Path(checkpoint))
+                    self._resumed = self._read_run_state(Path(checkpoint))
                 result = super().train(checkpoint, *args, **kwargs)
                 if not self._anywhere(self.is_asked_to_stop())[0]:
                     return result

@@ -31,10 +31,14 @@ from trl_grpo_ext.reference.layer_stream import named_tensors, streamed_layers
 from trl_grpo_ext.reference.mixed import calibrate_mixed, widen
 from trl_grpo_ext.reference.options import DEFAULT_RANK, ReferenceSettings
 from trl_grpo_ext.reference.sampling import CalibrationData
+from trl_grpo_ext.reference.sharing import is_anywhere, is_main, of_main, send_weights
 from trl_grpo_ext.reference.store import (
     FOLDER,
+    ReferenceNote,
     ReferenceStore,
     fingerprint,
+    note,
+    noted,
     reference_key,
     replace_weights,
 )
@@ -66,6 +70,7 @@ class ReferenceKeeper:
         fidelity: Of a quantized reference, measured when it was built.
         wide: Names of the layers in 8 bits of a ``mixed`` one, once they are chosen: a reference
             that is built anew has the same.
+        waits: Whether the reference that was built last still needs the main process's weights.
     """
 
     settings: ReferenceSettings
@@ -79,9 +84,13 @@ class ReferenceKeeper:
     initial_key: str = ""
     fidelity: ReferenceFidelity | None = None
     wide: list[str] | None = None
+    waits: bool = False
 
     def build(self, policy: PreTrainedModel) -> PreTrainedModel:
         """Return the reference of this policy: a saved one if it was built before.
+
+        Of several processes the first one builds a quantized reference and saves it. Another one
+        that does not find it there ``waits`` for :meth:`share`.
 
         Raises:
             ReferenceModelError: it cannot be built.
@@ -96,6 +105,8 @@ class ReferenceKeeper:
             if self.store is not None and self.store.manifest(self.key) is not None:
                 self._restore(self.store, self.key, reference)
                 self._measure_again(self.store, reference, policy)
+            elif not is_main():
+                self.waits = True
             else:
                 self._calibrate(reference, policy)
                 self.save(reference)
@@ -103,6 +114,23 @@ class ReferenceKeeper:
             self._tell_unknown_experts(reference)
         logger.info(f"reference: {self.settings.kind}, {summarize_reference(reference)}")
         return reference
+
+    def share(self, reference: PreTrainedModel, *, device: torch.device) -> None:
+        """Give what the main process has to those that wait for it, or have resumed another one.
+
+        Every process must call it.
+        """
+        key, wide, fidelity = of_main((self.key, self.wide, self.fidelity))
+        self.waits |= self.settings.kind == "quantized" and self.key != key
+        if not is_anywhere(self.waits):
+            return
+        if self.waits:
+            self.key, self.wide, self.fidelity = key, wide, fidelity
+            widen(reference, wide or [], narrow=self.settings.quantization)
+        send_weights(reference, takes=self.waits, device=device)
+        if self.waits:
+            logger.info("reference: sent by the main process, whose disk is not seen here")
+            self.waits = False
 
     def _uncalibrated(self, policy: PreTrainedModel) -> PreTrainedModel:
         settings = self.settings
@@ -245,7 +273,7 @@ class ReferenceKeeper:
     def note_in(self, checkpoint: Path) -> None:
         """Note in a checkpoint which reference it goes with."""
         if self.store is not None:
-            self.store.note(checkpoint, self.key)
+            note(checkpoint, ReferenceNote(self.key))
 
     def prune(self, run_dir: Path) -> None:
         """Remove the saved references that no checkpoint of the folder goes with any more."""
@@ -258,11 +286,10 @@ class ReferenceKeeper:
         Raises:
             ReferenceModelError: the saved one is gone, or was made with other settings.
         """
-        store = ReferenceStore(checkpoint.parent / FOLDER)
-        noted = store.noted(checkpoint)
-        if noted is None or noted == self.key:
+        store, key = ReferenceStore(checkpoint.parent / FOLDER), noted(checkpoint).key
+        if key is None or key == self.key:
             return
-        manifest = store.manifest(noted)
+        manifest = store.manifest(key)
         if manifest is not None and manifest["settings"] != self._manifest()["settings"]:
             changes = _changes(manifest["settings"], self._manifest()["settings"])
             raise ReferenceModelError(
@@ -270,8 +297,8 @@ class ReferenceKeeper:
                 "would jump. Set the `reference` options to what they were, or start anew from the "
                 "checkpoint's weights."
             )
-        self._restore(store, noted, reference)
-        self.key = noted
+        self._restore(store, key, reference)
+        self.key = key
 
     def _restore(self, store: ReferenceStore, key: str, reference: PreTrainedModel) -> None:
         manifest = store.manifest(key) or {}
@@ -298,8 +325,13 @@ class ReferenceKeeper:
 
     # Moved by `sync_ref_model` --------------------------------------------------------------------
 
-    def sync(self, reference: PreTrainedModel, policy: PreTrainedModel, *, alpha: float) -> None:
-        """Move the reference towards the policy; a quantized one is built anew.
+    def take(self, built: PreTrainedModel, *, into: PreTrainedModel) -> None:
+        """Give a quantized reference the weights of one that was built anew."""
+        widen(into, self.wide or [], narrow=self.settings.quantization)
+        replace_weights(into, named_tensors(built))
+
+    def mix(self, reference: PreTrainedModel, policy: PreTrainedModel, *, alpha: float) -> None:
+        """Move an exact reference towards the policy.
 
         Args:
             reference: Changed in place.
@@ -307,11 +339,6 @@ class ReferenceKeeper:
                 is, may processes hold parts of it; every one must call this then.
             alpha: 1 makes the reference the policy of this moment.
         """
-        if self.settings.kind == "quantized":
-            built = self.build(policy)
-            widen(reference, self.wide or [], narrow=self.settings.quantization)
-            replace_weights(reference, dict(named_tensors(built)))
-            return
         if self.settings.kind == "streamed":
             mix_streamed(reference, policy, alpha=alpha)
         else:

@@ -11,10 +11,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -140,32 +140,51 @@ class ReferenceStore:
                 "Put back what was there; or delete the folder and start with the initial model, "
                 "from which the reference is built again."
             )
-        replace_weights(reference, weights, mapped=mapped)
-
-    def note(self, checkpoint: Path, key: str) -> None:
-        """Write into a checkpoint which reference its run has."""
-        _write_json(checkpoint / NOTE, {"reference": key})
-
-    def noted(self, checkpoint: Path) -> str | None:
-        """Return which reference the run of a checkpoint has; ``None`` if that is not noted."""
-        try:
-            return str(json.loads((checkpoint / NOTE).read_text(encoding="utf-8"))["reference"])
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise ReferenceModelError(
-                f"{checkpoint / NOTE} is damaged, so nothing says which reference the run has. Put "
-                "the file back, or resume from another checkpoint."
-            ) from error
+        replace_weights(reference, weights.items(), mapped=mapped)
 
     def prune(self, output_dir: Path, *, keep: Collection[str]) -> None:
         """Remove saved references that no checkpoint of the folder notes, but for ``keep``."""
-        noted: set[str | None] = {
-            self.noted(note.parent) for note in output_dir.glob(f"checkpoint-*/{NOTE}")
+        kept: set[str | None] = {
+            noted(note.parent).key for note in output_dir.glob(f"checkpoint-*/{NOTE}")
         }
         for folder in self.root.iterdir():
-            if folder.name not in noted.union(keep):
+            if folder.name not in kept.union(keep):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+class ReferenceNote(NamedTuple):
+    """Which reference the run of a checkpoint has.
+
+    Attributes:
+        key: In its store; ``None`` if it is not saved.
+        path: That it was loaded from; ``None`` if it was built from the policy.
+    """
+
+    key: str | None = None
+    path: str | None = None
+
+
+def note(checkpoint: Path, reference: ReferenceNote) -> None:
+    """Write into a checkpoint which reference its run has."""
+    _write_json(checkpoint / NOTE, {"reference": reference.key, "path": reference.path})
+
+
+def noted(checkpoint: Path) -> ReferenceNote:
+    """Return what was noted in a checkpoint; nothing if it has no note.
+
+    Raises:
+        ReferenceModelError: the note is damaged.
+    """
+    try:
+        values = json.loads((checkpoint / NOTE).read_text(encoding="utf-8"))
+        return ReferenceNote(values["reference"], values.get("path"))
+    except FileNotFoundError:
+        return ReferenceNote()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ReferenceModelError(
+            f"{checkpoint / NOTE} is damaged, so nothing says which reference the run has. Put "
+            "the file back, or resume from another checkpoint."
+        ) from error
 
 
 def _stored(reference: PreTrainedModel) -> Iterator[tuple[str, Weights]]:
@@ -176,8 +195,15 @@ def _stored(reference: PreTrainedModel) -> Iterator[tuple[str, Weights]]:
     yield OUTSIDE_LAYERS, dict(named_tensors(reference))
 
 
+def fits(reference: PreTrainedModel, weights: Weights) -> bool:
+    """Return whether weights have the names and shapes of a reference's."""
+    return not _misfits(reference, weights)
+
+
 @torch.no_grad()
-def replace_weights(reference: PreTrainedModel, weights: Weights, *, mapped: bool = False) -> None:
+def replace_weights(
+    reference: PreTrainedModel, weights: Iterable[tuple[str, Tensor]], *, mapped: bool = False
+) -> None:
     """Give each tensor of the reference that ``weights`` names the value there.
 
     Args:
@@ -194,7 +220,7 @@ def replace_weights(reference: PreTrainedModel, weights: Weights, *, mapped: boo
         layer.stream.forget()
     hosts = {id(tensor) for layer in layers for _, tensor in named_tensors(layer.host)}
     owners = _owners(reference)
-    for name, value in weights.items():
+    for name, value in weights:
         module, attribute = owners[name]
         held = getattr(module, attribute)
         if held is None:  # low-rank factors that the fresh reference does not have
