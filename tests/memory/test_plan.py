@@ -105,6 +105,7 @@ def test_fastest_that_fits_counts_host_memory_for_every_process() -> None:
     short = make_plan("Qwen2.5-7B", asked, gpu_memory_gb=80, host_memory_gb=(host - 1) / GB)
     assert not short.fits
     assert "of host memory" in short.verdict()
+    assert short.verdict().endswith("`reference_on_disk: true` reads the layers from disk instead.")
 
 
 def test_verdict_says_by_how_much_it_fits_or_does_not() -> None:

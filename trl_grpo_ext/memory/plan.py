@@ -82,9 +82,10 @@ class Plan:
             )
         host = self.estimate.host_bytes * self.asked.num_gpus
         if self.host_bytes is not None and host > self.host_bytes:
-            return (
-                f"does not fit by {gb(host - self.host_bytes)} of host memory: it needs {gb(host)}."
-            )
+            short = gb(host - self.host_bytes)
+            on_disk = self.asked.reference == "streamed"
+            hint = " `reference_on_disk: true` reads the layers from disk instead." * on_disk
+            return f"does not fit by {short} of host memory: it needs {gb(host)}.{hint}"
         return (
             f"fits: it needs {gb(need)} of the {gb(usable)} usable on a GPU, "
             f"{gb(usable - need)} to spare.{self._without_checkpointing()}"
