@@ -27,6 +27,7 @@ from trl_grpo_ext.reference import (
 from trl_grpo_ext.reference import KLPenalty
 from trl_grpo_ext.reference.keeper import ReferenceKeeper
 from trl_grpo_ext.reference.options import ReferenceSettings
+from trl_grpo_ext.reference.sharing import of_main
 from trl_grpo_ext.reference.store import ReferenceStore, fingerprint
 
 told = []
@@ -87,24 +88,29 @@ def train(name, options):
         "fidelity": gather_object([trainer.reference_keeper and trainer.reference_keeper.fidelity]),
     }
 
-def share_again():
-    """The main process resumes another reference, which the other one does not see."""
+def resume_apart(kind):
+    """The run that is resumed had saved another reference, on the disk of the main process."""
     rank = torch.distributed.get_rank()
     keeper = ReferenceKeeper(
-        ReferenceSettings(compensation="none"), sample=None, penalty=KLPenalty(),
-        store=ReferenceStore(Path(f"{out}-again-{rank}")),
+        ReferenceSettings(kind=kind, compensation="none"), sample=None, penalty=KLPenalty(),
+        store=ReferenceStore(Path(f"{out}-resumed-{kind}-{rank}") / "reference"),
     )
-    reference = keeper.build(AutoModelForCausalLM.from_pretrained(model))
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    first = keeper.build(policy)
     waited = keeper.waits
-    keeper.share(reference, device=torch.device("cpu"))
+    keeper.share(first, device=torch.device("cpu"))
     if rank == 0:
-        keeper.key = "resumed"
-        with torch.no_grad():
-            for tensor in (*reference.parameters(), *reference.buffers()):
-                tensor.fill_(3)
-    keeper.share(reference, device=torch.device("cpu"))
-    tensors = (*reference.parameters(), *reference.buffers())
-    return gather_object([(waited, keeper.key, all(bool((t == 3).all()) for t in tensors))])
+        keeper.save(first)
+    key = of_main(keeper.key)
+    with torch.no_grad():
+        policy.model.layers[0].mlp.up_proj.weight.add_(1)
+    other = keeper.build(policy)
+    keeper.share(other, device=torch.device("cpu"))
+    ids = torch.arange(20)[None]
+    moved = not torch.equal(first(ids).logits, other(ids).logits)
+    keeper.resume(keeper.store.root.parent / "checkpoint-2", key, other, device=torch.device("cpu"))
+    same = torch.equal(first(ids).logits, other(ids).logits)
+    return gather_object([(waited, moved, same, keeper.key == key)])
 
 def choose():
     measured = psutil.virtual_memory
@@ -150,7 +156,9 @@ def shard_streamed():
 found = {name: train(name, options) for name, options in cases.items()}
 if several:
     found |= {"choose": choose(), "shard-quantized": shard_quantized()}
-    found |= {"shard-streamed": shard_streamed(), "share-again": share_again()}
+    found |= {"shard-streamed": shard_streamed(), "resume-apart": [
+        resume_apart(kind) for kind in ("quantized", "resident", "streamed")
+    ]}
 if not several or torch.distributed.get_rank() == 0:
     torch.save(found, out + ".pt")
 if torch.distributed.is_initialized():
@@ -280,7 +288,9 @@ def test_a_process_without_the_main_ones_disk_is_sent_its_reference(two: dict[st
 
 
 def test_what_the_main_process_resumes_is_sent_too(two: dict[str, Any]) -> None:
-    assert two["share-again"] == [(False, "resumed", True), (True, "resumed", True)]
+    quantized, *exact = two["resume-apart"]
+    assert quantized == [(False, True, True, True), (True, True, True, True)]
+    assert exact == [[(False, True, True, True)] * 2] * 2
 
 
 def test_two_processes_choose_the_same_reference_where_their_memory_differs(

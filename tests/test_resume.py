@@ -23,6 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
 from trl_grpo_ext.checkpointing import damage
 from trl_grpo_ext.errors import CheckpointError
+from trl_grpo_ext.reference.store import fingerprint
 from trl_grpo_ext.signals import StopSignals, TrainingInterrupted
 
 # 17 prompts, 4 a generation: an epoch has 4 generations of 4 micro-batches, used twice: 16 steps of
@@ -494,7 +495,10 @@ def test_trls_own_reference_is_loaded_again_from_where_the_run_had_it(
     whole.train()
     assert json.loads((tmp_path / "checkpoint-2" / "reference.json").read_text()) == {
         "reference": None,
+        "kind": "resident",
+        "on_disk": False,
         "path": str(tiny_model_dir),
+        "weights": fingerprint(whole.ref_model),
     }
     shutil.rmtree(tmp_path / "checkpoint-4")
     resumed = build(tmp_path / "checkpoint-2", tmp_path, max_steps=4, save_steps=2)
@@ -502,9 +506,36 @@ def test_trls_own_reference_is_loaded_again_from_where_the_run_had_it(
     resumed.train("last-good")
     assert "goes on with" not in caplog.text
     assert whole.reference_source == resumed.reference_source
-    pairs = zip(whole.ref_model.parameters(), resumed.ref_model.parameters(), strict=True)
-    assert all(torch.equal(*pair) for pair in pairs)
+    assert fingerprint(whole.ref_model) == fingerprint(resumed.ref_model)
     assert_same(resumed, whole)
+
+
+def test_a_model_that_has_moved_is_the_same_reference(
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    initial = shutil.copytree(tiny_model_dir, tmp_path / "initial")
+    build(initial, tmp_path, max_steps=3).train()
+    moved = initial.rename(tmp_path / "moved")
+    build(moved, tmp_path, max_steps=4).train("last-good")
+    assert "goes on with" not in caplog.text
+
+
+@pytest.mark.parametrize("given", ["initial", "checkpoint"])
+def test_a_model_that_has_changed_is_another_reference(
+    given: str, tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    initial = shutil.copytree(tiny_model_dir, tmp_path / "initial")
+    first = build(initial, tmp_path, max_steps=3)
+    first.train()
+    checkpoint = tmp_path / "checkpoint-3"
+    first.model.save_pretrained(initial)  # over what the run began with
+    model = {"initial": initial, "checkpoint": checkpoint}[given]
+    build(model, tmp_path, max_steps=4).train("last-good")
+    here = {"initial": f"{initial} as it is now", "checkpoint": checkpoint}[given]
+    assert (
+        f"The run began with the reference 'resident, loaded from {initial}' and goes on "
+        f"with 'resident, loaded from {here}', so its KL is another one." in caplog.text
+    )
 
 
 def test_another_reference_than_the_run_began_with_is_told(

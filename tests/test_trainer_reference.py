@@ -19,6 +19,7 @@ from peft import LoraConfig
 from runs import series, settings, train
 from runs import vowels as vowels_of
 from transformers import (
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -28,6 +29,7 @@ from transformers import (
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
+from trl_grpo_ext._trl import own_reference
 from trl_grpo_ext.errors import ConfigurationError, ReferenceModelError
 from trl_grpo_ext.reference import QuantizedLinear, choice, streamed_layers, summarize_reference
 from trl_grpo_ext.reference.sampling import CalibrationSampler
@@ -364,6 +366,45 @@ def test_auto_reads_from_disk_before_it_takes_four_bits(
     assert trainer.reference_keeper.settings.on_disk
     history, _ = train(trainer)
     assert series(history, "kl")[0] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["streamed", "quantized", "resident"])
+def test_auto_stays_what_it_was_where_a_run_may_be_resumed(
+    kind: str, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = choice.ReferenceChoice(kind, "chosen")  # type: ignore[arg-type]
+    monkeypatch.setattr(own_reference, "choose_kind", lambda *_, **__: chosen)
+    whole = ext_trainer(tiny_model_dir, tmp_path, **SAVING)
+    history, weights = train(whole)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    later = choice.ReferenceChoice("resident" if kind != "resident" else "streamed", "now")
+    monkeypatch.setattr(own_reference, "choose_kind", lambda *_, **__: later)
+    for model in (tiny_model_dir, checkpoint):
+        resumed = ext_trainer(model, tmp_path, **SAVING)
+        assert resumed.reference_kind == kind
+        assert resumed.reference_reason.startswith(f"as for {checkpoint}; an empty")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert series(resumed.state.log_history, "kl") == series(history, "kl")
+    for name, weight in resumed.model.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+    other = ext_trainer(shutil.copytree(tiny_model_dir, tmp_path / "other"), tmp_path, **SAVING)
+    assert other.reference_kind == later.kind
+
+
+def test_stages_of_deepspeed_are_counted_as_they_are(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reward = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
+    trainer = ExtGRPOTrainer(
+        str(tiny_model_dir), [reward], ExtGRPOConfig(**settings(tmp_path)), PROMPTS
+    )
+    planned = trainer._run_settings(trainer.model)
+    assert (planned.sharding, planned.reward_parameters) == ("none", reward.num_parameters())
+    for stage in (1, 2, 3):
+        plugin = SimpleNamespace(zero_stage=stage)
+        monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin)
+        assert trainer._run_settings(trainer.model).sharding == f"zero{stage}"
 
 
 def test_auto_does_not_come_to_four_bits_that_would_move_a_part_of_the_way(

@@ -139,6 +139,11 @@ def last_good_checkpoint(output_dir: Path) -> Path | None:
     )
 
 
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """Return the checkpoint of the most steps, whole or not; ``None`` if there is none."""
+    return next(iter(_checkpoints(output_dir)), None)
+
+
 def rotate(output_dir: Path, *, limit: int | None, best: str | None) -> None:
     """Delete the oldest checkpoints beyond a limit, as transformers does.
 

@@ -30,6 +30,7 @@ def test_run_pushes_model_checkpoints_card_plots_and_completions_in_private(
 ) -> None:
     out = tmp_path / "out"
     options = {"push_completions": True, "log_completions": True, "hub_token": GIVEN_TOKEN}
+    options |= {"beta": 0.1, "reference": "streamed", "reference_on_disk": True}
     with serving() as hub:
         run = train(hub.url, tiny_model_dir, out, hub_strategy="all_checkpoints", **options)
     assert run.returncode == 0, run.stderr
@@ -39,7 +40,8 @@ def test_run_pushes_model_checkpoints_card_plots_and_completions_in_private(
     paths = same_as_on_disk(hub, "models/me/out", out)
     assert {"README.md", "model.safetensors", "config.json", "plots/kl.png"} <= set(paths)
     assert {"checkpoint-1/model.safetensors", "checkpoint-2/model.safetensors"} <= set(paths)
-    assert not any(path.startswith("_") for path in paths)
+    assert list((out / "reference").glob("*/initial-*"))  # which stays here
+    assert not any(path.startswith(("_", "reference/")) for path in paths)
     same_as_on_disk(hub, "datasets/me/out-completions", out / "_completions")
     rows = pq.read_table(out / "_completions" / "data" / "train.parquet")
     assert rows.column_names == ["step", "prompt", "completion", "vowels", "advantage"]

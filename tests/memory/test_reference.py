@@ -204,6 +204,14 @@ def test_choose_reference_of_a_split_policy_counts_the_part_of_a_device() -> Non
     assert choose(reserved_bytes=13 * GB + 1, num_shards=2) == "streamed"
 
 
+def test_choose_reference_streams_where_nothing_fits_and_four_bits_are_more() -> None:
+    full = {"reserved_bytes": 20 * GB}
+    assert choose(**full, quantized_bytes=2 * GB) == "quantized"
+    assert choose(**full, quantized_bytes=2 * GB + 1) == "streamed"
+    assert choose(**full, quantized_bytes=2 * GB + 1, free_host_bytes=GB) == "quantized"
+    assert choose(reserved_bytes=18 * GB + 1, quantized_bytes=GB) == "quantized"
+
+
 def test_choose_reference_says_why_with_the_numbers() -> None:
     choice = choose_reference(
         parameter_bytes=14 * GB,

@@ -13,7 +13,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from trl_grpo_ext.memory import reference_bytes
 from trl_grpo_ext.memory.shape import Matrix, model_shape
+from trl_grpo_ext.reference.layer_stream import streamed_layers
+from trl_grpo_ext.reference.streamed import build_streamed_reference
 
 SIZES = {
     "vocab_size": 10,
@@ -83,3 +86,26 @@ def test_model_shape_has_the_parameters_of_the_real_model(config: PreTrainedConf
     shape = model_shape(config)
     assert shape.num_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert shape.num_layers == 3
+
+
+def test_layers_of_several_kinds_are_counted_one_by_one() -> None:
+    config = Qwen3MoeConfig(
+        vocab_size=4000,
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=16,
+        num_experts_per_tok=2,
+        mlp_only_layers=[0, 1],
+    )
+    policy = AutoModelForCausalLM.from_config(config).float()
+    reference = build_streamed_reference(policy)
+    planned = reference_bytes(model_shape(config), kind="streamed", dtype_bytes=4)
+    stream = streamed_layers(reference)[0].stream
+    outside = sum(parameter.nbytes for parameter in reference.parameters())
+    found = (outside + stream.slot_bytes, stream.host_bytes)
+    assert planned == pytest.approx(found, rel=1e-3)  # each tensor begins on a boundary

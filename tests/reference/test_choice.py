@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from trl_grpo_ext.memory import RunSettings, estimate_run, model_shape, reference_bytes
 from trl_grpo_ext.reference import choice
@@ -90,7 +91,7 @@ def test_a_cpu_has_nowhere_to_stream_from(monkeypatch: pytest.MonkeyPatch) -> No
     set_free(monkeypatch, copy_bytes() + reserved_bytes() - 1)
     found = choose_kind(policy("cpu"), SETTINGS, device=torch.device("cpu"))
     assert found.kind == "quantized"
-    assert "the host's memory too" in found.reason
+    assert found.reason.endswith("that are left on the device")
 
 
 def test_processes_share_the_memory_of_their_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +179,39 @@ def test_host_memory_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
         in_host_memory=False,
     )
     assert (found.kind, found.on_disk) == ("streamed", True)
+
+
+def test_a_model_whose_memory_cannot_be_estimated_is_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2)  # no attention heads
+    set_free(monkeypatch, 2 * copy_bytes())
+    with torch.device("meta"):
+        mamba = MambaForCausalLM(config)
+    monkeypatch.setattr(choice, "_SURELY", 10**9)
+    found = choose_kind(mamba, SETTINGS, device=torch.device("meta"))
+    assert found == ("resident", "the memory of such a model cannot be estimated", False)
+
+
+def test_a_model_whose_layers_cannot_be_told_apart_is_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    odd = policy("meta")
+    odd.model.layers = nn.Sequential(*odd.model.layers)
+    set_free(monkeypatch, copy_bytes())
+    found = choose_kind(odd, SETTINGS, device=torch.device("meta"))
+    assert found == ("resident", "its layers cannot be told apart", False)
+
+
+def test_where_nothing_fits_the_smallest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = LlamaConfig(**{**CONFIG.to_dict(), "num_hidden_layers": 40})
+    with torch.device("meta"):
+        deep = LlamaForCausalLM(many).float()
+    set_free(monkeypatch, 1)
+    monkeypatch.setattr(choice, "available_host_bytes", lambda: 10**10)
+    found = choose_kind(deep, SETTINGS, device=torch.device("meta"))
+    assert found.kind == "streamed"  # two layers are less than forty in 4 bits
+    assert "and two layers of it take 0.0 GB, four bits 0.0 GB; its layers stream" in found.reason
 
 
 def test_a_model_that_cannot_be_streamed_is_quantized(

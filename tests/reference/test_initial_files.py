@@ -195,3 +195,30 @@ def test_a_linked_file_that_changed_is_found_by_its_hash(folder: Path, tmp_path:
         f"or has changed (1 of {len(weights)} tensors, the first is model.norm.weight), so that "
         "the reference cannot be read from it. Put it back; or start anew from the initial model."
     )
+
+
+def test_a_link_is_replaced_and_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    policy, target = loaded(folder), tmp_path / "reference"
+    target.mkdir()
+    weights = dict(policy.named_parameters())
+    for _ in range(2):
+        link_initial(policy, target, weights)
+        assert {path.name for path in target.iterdir()} == {
+            "initial-00000.safetensors",
+            "initial.json",
+        }
+
+
+@pytest.mark.parametrize("damage", ["file", "index"])
+def test_initial_files_that_are_damaged_are_no_initial_files(
+    damage: str, folder: Path, tmp_path: Path
+) -> None:
+    policy = loaded(folder)
+    other = tmp_path / "damaged"
+    other.mkdir()
+    (other / "model.safetensors").write_bytes(b"version https://git-lfs")
+    if damage == "index":
+        (other / "model.safetensors.index.json").write_text("{}")
+    policy.name_or_path = str(other)
+    build_streamed_reference(policy, folder=tmp_path / "reference")
+    assert written(tmp_path / "reference") == BUFFERS | {n for n, _ in policy.named_parameters()}

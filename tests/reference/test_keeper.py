@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import build_tiny_model, build_tiny_tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl_grpo_ext.errors import ReferenceModelError
@@ -27,7 +27,8 @@ from trl_grpo_ext.reference.keeper import ReferenceKeeper
 from trl_grpo_ext.reference.mixed import quantized_linears
 from trl_grpo_ext.reference.options import ReferenceSettings
 from trl_grpo_ext.reference.sampling import CalibrationData
-from trl_grpo_ext.reference.store import ReferenceStore
+from trl_grpo_ext.reference.store import ReferenceNote, ReferenceStore, noted
+from trl_grpo_ext.reference.store import note as write_note
 
 IDS = torch.arange(4, 24).view(2, 10)
 QUICK = ReferenceSettings(compensation="low_rank", rank=2)
@@ -63,7 +64,12 @@ def note(kept: ReferenceKeeper, checkpoint: Path, reference: PreTrainedModel) ->
     """What the trainer does with each checkpoint."""
     if kept.is_unsaved:
         kept.save(reference)
-    kept.note_in(checkpoint)
+    write_note(checkpoint, ReferenceNote(kept.key))
+
+
+def resume(kept: ReferenceKeeper, checkpoint: Path, reference: PreTrainedModel) -> None:
+    """What the trainer does before it goes on from a checkpoint."""
+    kept.resume(checkpoint, noted(checkpoint).key, reference, device=torch.device("cpu"))
 
 
 def never(_: Any) -> CalibrationData:
@@ -275,7 +281,7 @@ def test_a_resume_from_the_weights_of_a_checkpoint_has_the_reference_of_the_star
         resumed = keeper(store, settings=KINDS[kind])
         other = resumed.build(policy(seed=1))
         assert not torch.equal(logits(other), logits(reference))
-        resumed.resume(checkpoint, other)
+        resume(resumed, checkpoint, other)
         assert torch.equal(logits(other), logits(reference))
         assert resumed.fidelity == first.fidelity
         assert resumed.key == first.key
@@ -292,7 +298,7 @@ def test_a_run_that_saves_nothing_resumes_with_the_reference_of_the_start(tmp_pa
     note(first, checkpoint, reference)
     resumed = keeper()
     other = resumed.build(policy(seed=1))
-    resumed.resume(checkpoint, other)
+    resume(resumed, checkpoint, other)
     assert torch.equal(logits(other), logits(reference))
     note(resumed, checkpoint, other)  # nothing to do
 
@@ -317,7 +323,7 @@ def test_a_resume_with_other_settings_says_what_changed(
     note(first, checkpoint, first.build(policy()))
     other = keeper(tmp_path, settings=replace(QUICK, **changes))
     with pytest.raises(ReferenceModelError) as error:
-        other.resume(checkpoint, other.build(policy()))
+        resume(other, checkpoint, other.build(policy()))
     assert str(error.value) == (
         f"{checkpoint} was written by a run with another reference {named}, so its KL would jump. "
         "Set the `reference` options to what they were, or start anew from the checkpoint's "
@@ -339,7 +345,7 @@ def test_a_resume_that_measures_otherwise_is_the_same_run(tmp_path: Path) -> Non
     fresh = keeper(**changes)
     fresh.build(policy())
     assert other.fidelity == fresh.fidelity
-    other.resume(checkpoint, found)
+    resume(other, checkpoint, found)
     assert other.key == first.key
     again = keeper(tmp_path, **changes, sample=never)
     again.build(policy())
@@ -376,14 +382,14 @@ def test_a_resume_whose_reference_is_gone_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "reference").rename(tmp_path / "moved away")
     other = keeper(tmp_path)
     with pytest.raises(ReferenceModelError, match="There is no reference in"):
-        other.resume(checkpoint, other.build(policy(seed=1)))
+        resume(other, checkpoint, other.build(policy(seed=1)))
 
 
 def test_a_checkpoint_without_a_note_changes_nothing(tmp_path: Path) -> None:
     kept = keeper(tmp_path)
     reference = kept.build(policy())
     before = logits(reference)
-    kept.resume(tmp_path, reference)
+    resume(kept, tmp_path, reference)
     assert torch.equal(before, logits(reference))
 
 
@@ -396,7 +402,7 @@ def test_a_resume_takes_no_more_memory_than_the_start(kind: str, tmp_path: Path)
     reference = resumed.build(policy(seed=1))
     weight = reference.model.layers[0].host.mlp.up_proj.weight
     address = weight.data_ptr()
-    resumed.resume(checkpoint, reference)
+    resume(resumed, checkpoint, reference)
     # The same host memory, page-locked on CUDA; or the other file, mapped and not copied.
     assert (weight.data_ptr() == address) == (kind == "streamed")
 
@@ -463,7 +469,7 @@ def test_checkpoints_before_and_after_a_move_have_their_own_reference(
     for step in range(3):
         resumed = keeper(tmp_path, settings=KINDS[kind], sample=never)
         found = resumed.build(policy())
-        resumed.resume(tmp_path / f"checkpoint-{step}", found)
+        resume(resumed, tmp_path / f"checkpoint-{step}", found)
         assert torch.equal(logits(found), expected[step])
 
 
@@ -491,7 +497,7 @@ def test_another_run_in_the_same_folder_does_not_take_the_moved_reference_of_the
         note(kept, checkpoint, reference)
     resumed = keeper(tmp_path, settings=KINDS[kind])
     found = resumed.build(policy())
-    resumed.resume(checkpoint, found)
+    resume(resumed, checkpoint, found)
     assert torch.equal(logits(found), logits(reference))
 
 
@@ -528,3 +534,15 @@ def test_progress_and_loading_are_told(tmp_path: Path, caplog: pytest.LogCapture
     caplog.clear()
     keeper(tmp_path).build(policy())
     assert "reference: loaded from" in caplog.text
+
+
+def test_a_model_without_a_list_of_layers_is_quantized_and_not_measured(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    odd = policy()
+    odd.model.layers = nn.Sequential(*odd.model.layers)
+    kept = keeper(settings=ReferenceSettings(compensation="none"))
+    reference = kept.build(odd)
+    assert len(quantized_linears(reference)) == len(quantized_linears(keeper().build(policy())))
+    assert kept.fidelity is None
+    assert "How faithful the reference is cannot be measured" in caplog.text

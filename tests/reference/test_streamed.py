@@ -58,6 +58,7 @@ from trl_grpo_ext.reference.streamed import (
     build_streamed_reference,
     mix_streamed,
     open_streamed,
+    remove_mixed,
     save_streamed,
 )
 
@@ -661,6 +662,16 @@ def test_mixing_leaves_the_initial_files_and_removes_its_own(tmp_path: Path) -> 
     del reference
     gc.collect()
     assert set(tmp_path.iterdir()) == set(files)
+
+
+def test_what_a_killed_run_left_of_mixing_is_removed(tmp_path: Path) -> None:
+    reference = build_streamed_reference(llama(), folder=tmp_path)
+    files = set(tmp_path.iterdir())
+    (tmp_path / "mixed-abc").mkdir()
+    (tmp_path / "mixed-abc" / "0.safetensors").write_bytes(b"0")
+    remove_mixed(tmp_path)
+    assert set(tmp_path.iterdir()) == files
+    del reference
 
 
 def test_mixed_layers_are_mapped_too(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from trl_grpo_ext._trl.guards import GuardSeams
 from trl_grpo_ext.hub.card import write_card
 from trl_grpo_ext.hub.completions import COMPLETIONS, write_completions
 from trl_grpo_ext.hub.facts import run_facts
-from trl_grpo_ext.hub.record import Upload
+from trl_grpo_ext.hub.record import REFERENCES, Upload
 from trl_grpo_ext.hub.upload import BackgroundUploads
 from trl_grpo_ext.report.history import History
 from trl_grpo_ext.report.plots import write_plots
@@ -206,7 +206,7 @@ class HubSeams(GuardSeams):
                 private=self._makes_private,
                 message=commit_message or "Upload",
                 revision=revision,
-                ignore=tuple(ignore_patterns),
+                ignore=(*ignore_patterns, REFERENCES),
             )
         )
 

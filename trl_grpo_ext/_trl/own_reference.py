@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from trl_grpo_ext._trl.reference import ReferenceSeams
+from trl_grpo_ext.checkpointing import newest_checkpoint
 from trl_grpo_ext.cpu_linear import use_onednn
-from trl_grpo_ext.errors import ConfigurationError
+from trl_grpo_ext.errors import ConfigurationError, ReferenceModelError
 from trl_grpo_ext.memory import ReferenceChoice, RunSettings
+from trl_grpo_ext.memory.settings import Sharding
 from trl_grpo_ext.reference import KLPenalty
 from trl_grpo_ext.reference.choice import choose_kind
 from trl_grpo_ext.reference.keeper import ReferenceKeeper
@@ -24,7 +25,8 @@ from trl_grpo_ext.reference.sampling import (
     CalibrationSampler,
     different_prompts,
 )
-from trl_grpo_ext.reference.store import FOLDER, ReferenceStore
+from trl_grpo_ext.reference.sharing import of_main
+from trl_grpo_ext.reference.store import FOLDER, ReferenceNote, ReferenceStore, noted
 from trl_grpo_ext.reference.whole import blueprint, is_partitioned, whole_policy
 
 logger = logging.get_logger(__name__)
@@ -123,7 +125,21 @@ class OwnReference(ReferenceSeams):
             in_host_memory=not on_disk,
         )
         # Free memory differs between processes, and all must go the same way.
-        return cast(ReferenceChoice, broadcast_object_list([choice])[0])
+        return cast(ReferenceChoice, of_main(self._begun_with(policy) or choice))
+
+    def _begun_with(self, policy: PreTrainedModel) -> ReferenceChoice | None:
+        """What ``auto`` was for the run whose checkpoints lie here, which may be resumed."""
+        folder = Path(str(self.args.output_dir))
+        last = newest_checkpoint(folder)
+        try:
+            found = ReferenceNote() if last is None else noted(last)
+        except ReferenceModelError:  # damaged: of interest only when it is resumed
+            return None
+        path = str(policy.name_or_path)
+        if found.kind is None or not (found.path == path or Path(path).parent == folder):
+            return None
+        reason = f"as for {last}; an empty `output_dir` has it chosen anew"
+        return ReferenceChoice(cast(Any, found.kind), reason, found.on_disk)
 
     def _has_whole(self, policy: PreTrainedModel) -> bool:
         """Whether each process has all weights now, and could follow them once they are split."""
@@ -173,14 +189,28 @@ class OwnReference(ReferenceSeams):
             num_gpus=self.accelerator.num_processes,
             dtype="bfloat16" if half else "mixed" if args.bf16 or args.fp16 else "float32",
             optimizer="adamw_8bit" if "8bit" in str(args.optim) else "adamw",
-            sharding="fsdp" if self.shards_weights else "none",
+            sharding=self._sharding,
             gradient_checkpointing=bool(args.gradient_checkpointing),
             micro_batch=args.per_device_train_batch_size,
             num_generations=cast(int, args.num_generations),
             generation_batch=args.per_device_train_batch_size
             * cast(int, args.steps_per_generation),
             completion_tokens=args.max_completion_length or 256,
+            reward_parameters=sum(
+                parameter.numel()
+                for reward in self.reward_funcs
+                if isinstance(reward, nn.Module)
+                for parameter in reward.parameters()
+            ),
         )
+
+    @property
+    def _sharding(self) -> Sharding:
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None:
+            stages: tuple[Sharding, ...] = ("none", "zero1", "zero2", "zero3")
+            return stages[int(plugin.zero_stage)]
+        return "fsdp" if self.is_fsdp_enabled else "none"
 
     def _calibration_sampler(self) -> CalibrationSampler:
         args, settings = self.args, ReferenceSettings.of(self.options, kind="quantized")

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -28,7 +28,15 @@ from trl_grpo_ext._trl.logprobs import LogprobSeams
 from trl_grpo_ext.layerwise import decoder_layers, run_layerwise
 from trl_grpo_ext.reference.keeper import ReferenceKeeper
 from trl_grpo_ext.reference.layer_stream import Weights, named_tensors, streamed_layers
-from trl_grpo_ext.reference.store import ReferenceNote, fits, note, noted, replace_weights
+from trl_grpo_ext.reference.sharing import is_anywhere, of_main
+from trl_grpo_ext.reference.store import (
+    ReferenceNote,
+    fingerprint,
+    fits,
+    note,
+    noted,
+    replace_weights,
+)
 from trl_grpo_ext.reference.whole import near, whole_policy
 from trl_grpo_ext.sampling.gathered import gathered_weights
 from trl_grpo_ext.zero3 import without_zero3
@@ -41,6 +49,7 @@ class ReferenceSeams(LogprobSeams):
 
     reference_keeper: ReferenceKeeper | None
     reference_path: str  # that TRL's own was loaded from
+    _reference_hash: str | None = None
     plan: PreTrainedModel | None  # to gather a sharded policy by, where the reference follows it
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -73,7 +82,9 @@ class ReferenceSeams(LogprobSeams):
         """
         device = self.accelerator.device
         with near(policy, device):
-            with self.accelerator.main_process_first():
+            # First of all the main process, then the first one of each machine.
+            together = self.accelerator
+            with together.main_process_first(), together.local_main_process_first():
                 reference = keeper.build(policy)
             keeper.share(reference, device=device)
         return reference
@@ -109,11 +120,13 @@ class ReferenceSeams(LogprobSeams):
 
     def resume_reference(self, checkpoint: Path) -> None:
         """Take the reference that the run of a checkpoint had, if this one has another."""
-        if self.reference_keeper is not None:
-            self.reference_keeper.resume(checkpoint, self.bare_reference)
-            self.reference_keeper.share(self.bare_reference, device=self.accelerator.device)
-        elif self.ref_model is not None and not self.uses_fsdp1:  # which flattens its weights
-            self._load_again(noted(checkpoint).path)
+        found: ReferenceNote = of_main(noted(checkpoint))
+        keeper, device = self.reference_keeper, self.accelerator.device
+        if keeper is not None:
+            keeper.resume(checkpoint, found.key, self.bare_reference, device=device)
+            self.reference_path = found.path or self.reference_path
+        elif self.ref_model is not None and found.path and found.weights:
+            self._load_again(found.path, found.weights)
         if self.ref_model is None or self.saves_reference or not self.args.sync_ref_model:
             return
         step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
@@ -124,44 +137,65 @@ class ReferenceSeams(LogprobSeams):
                 "this run was given. `reference: resident` is saved and resumed, but for FSDP1."
             )
 
-    def _load_again(self, path: str | None) -> None:
-        """Load TRL's own reference from where the run had it from, if this run was given another.
+    def _load_again(self, path: str, expected: str) -> None:
+        """Load TRL's own reference from where the run had it from, if this run's is another one.
 
-        What cannot be loaded stays what it is; that it is another one is told with the resume.
+        What cannot be loaded stays what it is, and the resume tells that.
         """
-        if path is None or path == self.reference_path:
-            return
-        reference = self.bare_reference
-        given = cast(dict[str, Any], self.args.model_init_kwargs or {})
-        options = given | {"dtype": reference.dtype, "device_map": None}
-        options.setdefault("trust_remote_code", self.args.trust_remote_code)
-        weights: Weights = {}
-        try:
-            with without_zero3():
-                fresh = grpo_trainer.create_model_from_path(path, **options)
-            weights = dict(named_tensors(fresh))
-        except (OSError, ValueError):  # it is gone, or no model
-            pass
-        if all(gather_object([fits(reference, weights)])):
-            replace_weights(reference, weights.items())
-            self.reference_path = path
+        own = self._weights_of_reference()
+        if is_anywhere(own not in (None, expected)):
+            weights: Weights = {}
+            try:
+                with without_zero3():
+                    fresh = grpo_trainer.create_model_from_path(path, **self._load_options)
+                if fingerprint(fresh) == expected:
+                    weights = dict(named_tensors(fresh))
+            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+                logger.info(f"reference: {path} cannot be loaded: {error}")
+            if is_anywhere(not fits(self.bare_reference, weights)):
+                changed = " as it is now" if self.reference_path == path else ""
+                self.reference_path += changed
+                return
+            replace_weights(self.bare_reference, weights.items())
+            self._reference_hash = expected
             logger.info(f"reference: loaded from {path}, as when the run began")
+        if own is not None:
+            self.reference_path = path
+
+    @property
+    def _load_options(self) -> dict[str, Any]:
+        """How TRL loads its reference; whole, in host memory."""
+        given = cast(dict[str, Any], self.args.model_init_kwargs or {})
+        options = {"trust_remote_code": self.args.trust_remote_code, **given}
+        return options | {"dtype": self.bare_reference.dtype, "device_map": None}
+
+    def _weights_of_reference(self) -> str | None:
+        """The hash of TRL's own, which nothing changes; ``None`` if it is not known.
+
+        It is taken once, a second a gigabyte. Every process must call it.
+        """
+        if self.uses_fsdp1 or self.args.sync_ref_model:  # flattened; moved
+            return None
+        self._reference_hash = self._reference_hash or fingerprint(self.bare_reference)
+        return self._reference_hash
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Note in each checkpoint which reference it goes with."""
         super()._save_checkpoint(model, trial)
-        keeper, writes = self.reference_keeper, self.is_world_process_zero()
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if keeper is None:
-            if self.extended and self.ref_model is not None and writes:
-                note(folder, ReferenceNote(path=self.reference_path))
+        keeper, writes = self.reference_keeper, self.args.should_save
+        if self.ref_model is None or not self.extended:
             return
-        unsaved = [keeper.is_unsaved]
-        broadcast_object_list(unsaved)  # all must save one that is split, and disks may differ
-        if unsaved[0]:
-            keeper.save(self.bare_reference, writes=writes)
+        found = ReferenceNote(path=self.reference_path)
+        if keeper is None:
+            found = found._replace(kind="resident", weights=self._weights_of_reference())
+        elif keeper.store is not None:
+            if of_main(keeper.is_unsaved):  # all must save one that is split
+                keeper.save(self.bare_reference, writes=writes)
+            settings = keeper.settings
+            found = found._replace(key=keeper.key, kind=settings.kind, on_disk=settings.on_disk)
         if writes:
-            keeper.note_in(folder)
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            note(folder, found)
 
     def move_reference(self, keeper: ReferenceKeeper) -> None:
         """Move the reference towards the policy of this moment, as ``sync_ref_model`` asks."""
@@ -175,7 +209,7 @@ class ReferenceSeams(LogprobSeams):
 
     def prune_references(self, run_dir: Path) -> None:
         """Remove the saved references that no checkpoint of the run goes with any more."""
-        if self.reference_keeper is not None and self.is_world_process_zero():
+        if self.reference_keeper is not None and self.args.should_save:
             self.reference_keeper.prune(run_dir)
 
     def _get_per_token_logps_and_entropies(

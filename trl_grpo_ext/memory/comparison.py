@@ -23,8 +23,8 @@ class Setup:
         title: Algorithm, reference, reward.
         parts: Bytes by model, in round numbers: the size that the model's name says, and half a
             byte a weight in 4 bits.
-        exact_parts: With the parameters counted, and the 4-bit reference as it is stored: its
-            scales, and embeddings in 16 bits.
+        exact_parts: With the parameters counted, and the scales of a plain 4-bit reference, whose
+            embeddings have 16 bits.
     """
 
     title: str

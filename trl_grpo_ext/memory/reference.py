@@ -161,6 +161,7 @@ def choose_reference(
     *,
     parameter_bytes: int,
     streamed_device_bytes: int | None,
+    quantized_bytes: int = 0,
     free_device_bytes: int,
     reserved_bytes: int = 0,
     free_host_bytes: int | None = None,
@@ -175,6 +176,7 @@ def choose_reference(
         parameter_bytes: Of the policy's weights, which an exact copy takes again.
         streamed_device_bytes: What a streamed reference keeps on the device; ``None`` if the model
             cannot be streamed.
+        quantized_bytes: What a quantized one keeps there.
         free_device_bytes: Free on the device (the host on a machine without one) at this moment.
         reserved_bytes: What the run will still take of them: optimizer, gradients, activations.
         free_host_bytes: Free in host memory, for this process; ``None`` if the policy computes
@@ -208,14 +210,14 @@ def choose_reference(
     if streamed_device_bytes is None:
         return ReferenceChoice("quantized", f"{does_not}, and the model cannot be streamed")
     if streamed_device_bytes > left:
-        why = f"and two layers of it take {_gb(streamed_device_bytes)}"
-        return ReferenceChoice("quantized", f"{does_not}, {why}")
+        does_not += f", and two layers of it take {_gb(streamed_device_bytes)}"
+        if quantized_bytes <= max(left, streamed_device_bytes):
+            return ReferenceChoice("quantized", does_not)
+        does_not += f", four bits {_gb(quantized_bytes)}"  # nothing fits: the least is best
     if free_host_bytes is not None and parameter_bytes <= free_host_bytes:
         why = f"its layers stream from the {_gb(free_host_bytes)} free in host memory"
         return ReferenceChoice("streamed", f"{does_not}; {why}")
-    if free_host_bytes is None:
-        does_not += ", which is the host's memory too"
-    else:
+    if free_host_bytes is not None:
         does_not += f", nor into the {_gb(free_host_bytes)} free in host memory"
     if free_disk_bytes is None:
         return ReferenceChoice("quantized", does_not)

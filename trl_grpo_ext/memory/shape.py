@@ -52,6 +52,7 @@ class ModelShape:
         matrices: Linear layers but the output head, and experts.
         num_layers: Decoder layers.
         largest_layer: Parameters of the largest decoder layer.
+        outside_layers: Parameters that belong to no decoder layer.
         tables: The input embedding, and the output head where it is not the same.
         hidden_width: Of the residual stream.
         query_width: Of all heads together.
@@ -69,6 +70,7 @@ class ModelShape:
     matrices: tuple[Matrix, ...]
     num_layers: int
     largest_layer: int
+    outside_layers: int
     tables: tuple[Matrix, ...]
     hidden_width: int
     query_width: int
@@ -80,11 +82,6 @@ class ModelShape:
     num_norms: int
     has_query_norm: bool
     has_float32_norms: bool
-
-    @property
-    def outside_layers(self) -> int:
-        """Parameters that belong to no decoder layer, if all layers are like the largest."""
-        return max(0, self.num_parameters - self.num_layers * self.largest_layer)
 
     @property
     def cache_width(self) -> int:
@@ -122,6 +119,7 @@ def model_shape(config: PreTrainedConfig) -> ModelShape:
         matrices=tuple(_matrices(model)),
         num_layers=len(layers),
         largest_layer=max(map(_num_parameters, layers)),
+        outside_layers=_num_parameters(model) - _num_parameters(nn.ModuleList(layers)),
         tables=tuple(_tables(model)),
         hidden_width=hidden,
         query_width=query_width,

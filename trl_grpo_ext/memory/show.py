@@ -132,7 +132,7 @@ def _comparison_table(setups: list[Setup]) -> Table:
     title = "Weights alone, 16 bits, all models of this size, before sharding: GB (1e9 bytes)"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
     table.add_column("setup")
-    table.add_column("round numbers, then as stored", justify="right")
+    table.add_column("round numbers, then counted (plain NF4)", justify="right")
     for setup in setups:
         rough = _sum(setup.parts, setup.total)
         table.add_row(setup.title, rough)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from trl_grpo_ext.errors import LayerOrderError, ReferenceModelError
 from trl_grpo_ext.memory import (
@@ -21,6 +22,8 @@ from trl_grpo_ext.memory import (
     reference_bytes,
 )
 from trl_grpo_ext.reference.streamed import disk_bytes
+
+logger = logging.get_logger(__name__)
 
 _SURELY = 16  # times a copy's bytes: with so much free, nothing needs to be estimated
 _THERE = ("weights", "adapter", "reference")  # parts of a run; it has yet to take the others
@@ -52,14 +55,22 @@ def choose_kind(
         return choose_reference(
             parameter_bytes=copy_bytes, streamed_device_bytes=0, free_device_bytes=free
         )
+    try:
+        shape, written = model_shape(policy.config), _disk_bytes(policy)
+        parts = estimate_run(shape, settings).parts
+    except LayerOrderError:  # it can be neither streamed nor calibrated
+        return ReferenceChoice("resident", "its layers cannot be told apart")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        logger.debug(f"{type(policy.config).__name__}: {error!r}")
+        return ReferenceChoice("resident", "the memory of such a model cannot be estimated")
     num_shards = settings.num_gpus if settings.shards_weights else 1
-    shape, part = model_shape(policy.config), -(-copy_bytes // num_shards)
-    parts = estimate_run(shape, settings).parts
-    streamed = reference_bytes(shape, kind="streamed", dtype_bytes=settings.precision.weight)
-    written = _disk_bytes(policy)
+    part, dtype_bytes = -(-copy_bytes // num_shards), settings.precision.weight
+    streamed = reference_bytes(shape, kind="streamed", dtype_bytes=dtype_bytes)
+    quantized = reference_bytes(shape, kind="quantized", dtype_bytes=dtype_bytes)
     choice = choose_reference(
         parameter_bytes=copy_bytes,
         streamed_device_bytes=None if written is None else streamed.device,
+        quantized_bytes=quantized.device,
         free_device_bytes=free,
         reserved_bytes=part * is_coming
         + sum(size for name, size in parts.items() if name not in _THERE),
@@ -68,17 +79,16 @@ def choose_kind(
         disk_bytes=written,
         num_shards=num_shards,
     )
-    quantized = reference_bytes(shape, kind="quantized", dtype_bytes=settings.precision.weight)
     if choice.kind == "quantized" and num_shards > 1 and part <= quantized.device:
         return ReferenceChoice("resident", "each process holds a part of it, less than in 4 bits")
     return choice
 
 
 def _disk_bytes(policy: PreTrainedModel) -> int | None:
-    """What streaming from disk writes; ``None`` if the model cannot be streamed."""
+    """What streaming from disk writes; ``None`` if layers share tensors and cannot be streamed."""
     try:
         return disk_bytes(policy)
-    except (LayerOrderError, ReferenceModelError):
+    except ReferenceModelError:
         return None
 
 

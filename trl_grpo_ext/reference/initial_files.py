@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from trl_grpo_ext.errors import ReferenceModelError
+from trl_grpo_ext.files import write_atomically
 from trl_grpo_ext.reference.layer_stream import Weights
 
 _INDEX = "initial.json"  # the links of a folder: names of their tensors that count, and hashes
@@ -34,7 +35,8 @@ def initial_files(model: PreTrainedModel) -> list[Path]:
     if index is None:
         names = [SAFE_WEIGHTS_NAME]
     else:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+        names = sorted(set(weight_map.values()))
     found = [_cached(model, name) for name in names]
     return [path for path in found if path is not None]
 
@@ -61,9 +63,10 @@ def link_initial(model: PreTrainedModel, folder: Path, weights: Weights) -> set[
             link = _LINK.format(number)
             _link(path, folder / link)
             links[link] = same
-    (folder / _INDEX).unlink(missing_ok=True)
     if links:
-        (folder / _INDEX).write_text(json.dumps(links, indent=2), encoding="utf-8")
+        write_atomically(folder / _INDEX, json.dumps(links, indent=2))
+    else:
+        (folder / _INDEX).unlink(missing_ok=True)
     return {name for same in links.values() for name in same}
 
 
@@ -152,7 +155,11 @@ def _cached(model: PreTrainedModel, name: str) -> Path | None:
 
 def _like(path: Path, weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a file that have name, type and shape of some of these weights."""
-    wanted, there = kinds_of(weights), map_weights(path)
+    wanted = kinds_of(weights)
+    try:
+        there = map_weights(path)
+    except ReferenceModelError:  # damaged, so the model is not from there
+        return
     for name, kind in kinds_of(there).items():
         if wanted.get(name) == kind:
             yield name, there[name]
@@ -163,8 +170,11 @@ def _hash(tensor: Tensor) -> str:
 
 
 def _link(path: Path, link: Path) -> None:
-    link.unlink(missing_ok=True)
+    new = link.with_suffix(f".{os.getpid()}.partial")
+    new.unlink(missing_ok=True)
     try:
-        os.link(path.resolve(), link)
+        os.link(path.resolve(), new)
     except OSError:  # another file system, or one without hard links
-        link.symlink_to(path.resolve())
+        new.symlink_to(path.resolve())
+    os.replace(new, link)
+    new.unlink(missing_ok=True)  # which stays if both were the same file already

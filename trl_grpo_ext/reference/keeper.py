@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from trl_grpo_ext.cpu_linear import use_onednn
-from trl_grpo_ext.errors import ReferenceModelError
+from trl_grpo_ext.errors import LayerOrderError, ReferenceModelError
 from trl_grpo_ext.reference.build import build_reference, summarize_reference
 from trl_grpo_ext.reference.calibration import (
     Rank,
@@ -31,18 +31,15 @@ from trl_grpo_ext.reference.layer_stream import named_tensors, streamed_layers
 from trl_grpo_ext.reference.mixed import calibrate_mixed, widen
 from trl_grpo_ext.reference.options import DEFAULT_RANK, ReferenceSettings
 from trl_grpo_ext.reference.sampling import CalibrationData
-from trl_grpo_ext.reference.sharing import is_anywhere, is_main, of_main, send_weights
+from trl_grpo_ext.reference.sharing import is_anywhere, is_main, of_main, sent
 from trl_grpo_ext.reference.store import (
     FOLDER,
-    ReferenceNote,
     ReferenceStore,
     fingerprint,
-    note,
-    noted,
     reference_key,
     replace_weights,
 )
-from trl_grpo_ext.reference.streamed import build_streamed_reference, mix_streamed
+from trl_grpo_ext.reference.streamed import build_streamed_reference, mix_streamed, remove_mixed
 from trl_grpo_ext.reference.whole import split_again, unsplit
 
 logger = logging.get_logger(__name__)
@@ -116,21 +113,21 @@ class ReferenceKeeper:
         return reference
 
     def share(self, reference: PreTrainedModel, *, device: torch.device) -> None:
-        """Give what the main process has to those that wait for it, or have resumed another one.
-
-        Every process must call it.
-        """
-        key, wide, fidelity = of_main((self.key, self.wide, self.fidelity))
-        self.waits |= self.settings.kind == "quantized" and self.key != key
+        """Give what the main process has just built to those that wait; every one must call it."""
         if not is_anywhere(self.waits):
             return
+        wide, fidelity = of_main((self.wide, self.fidelity))
         if self.waits:
-            self.key, self.wide, self.fidelity = key, wide, fidelity
+            self.wide, self.fidelity = wide, fidelity
             widen(reference, wide or [], narrow=self.settings.quantization)
-        send_weights(reference, takes=self.waits, device=device)
+        weights = sent(dict(named_tensors(reference)), device=device)
         if self.waits:
+            replace_weights(reference, weights)
             logger.info("reference: sent by the main process, whose disk is not seen here")
             self.waits = False
+        else:
+            for _ in weights:
+                pass
 
     def _uncalibrated(self, policy: PreTrainedModel) -> PreTrainedModel:
         settings = self.settings
@@ -155,6 +152,8 @@ class ReferenceKeeper:
         if not self.settings.on_disk:
             return build_streamed_reference(policy)
         assert self.store is not None
+        if is_main():  # which builds before the others
+            remove_mixed(self.store.folder(self.key))
         reference = build_streamed_reference(policy, folder=self.store.folder(self.key))
         self.store.describe(self.key, self._manifest())  # its files are what a resume needs
         return reference
@@ -187,13 +186,20 @@ class ReferenceKeeper:
     def _measure(
         self, reference: PreTrainedModel, policy: PreTrainedModel, data: CalibrationData
     ) -> None:
-        self.fidelity = measure_fidelity(
-            policy,
-            reference,
-            data.held_out,
-            penalty=self.penalty,
-            kl_target=self.settings.kl_target,
-        )
+        try:
+            self.fidelity = measure_fidelity(
+                policy,
+                reference,
+                data.held_out,
+                penalty=self.penalty,
+                kl_target=self.settings.kl_target,
+            )
+        except LayerOrderError:
+            logger.warning(
+                "How faithful the reference is cannot be measured, because the layers of "
+                f"{type(policy).__name__} cannot be run one by one. Watch `kl` from the first step "
+                "on, or set `reference: resident`, which is exact."
+            )
 
     def _measure_again(
         self, store: ReferenceStore, reference: PreTrainedModel, policy: PreTrainedModel
@@ -270,26 +276,32 @@ class ReferenceKeeper:
         if self.store is not None:
             self.store.save(self.key, reference, self._manifest(), writes=writes)
 
-    def note_in(self, checkpoint: Path) -> None:
-        """Note in a checkpoint which reference it goes with."""
-        if self.store is not None:
-            note(checkpoint, ReferenceNote(self.key))
-
     def prune(self, run_dir: Path) -> None:
         """Remove the saved references that no checkpoint of the folder goes with any more."""
         if self.store is not None:
             self.store.prune(run_dir, keep={self.key, self.initial_key})
 
-    def resume(self, checkpoint: Path, reference: PreTrainedModel) -> None:
+    def resume(
+        self, checkpoint: Path, key: str | None, reference: PreTrainedModel, *, device: torch.device
+    ) -> None:
         """Make the reference that of the run that wrote a checkpoint, if it is another one.
+
+        Every process must call it. Where one does not see the files, the main process sends them.
+
+        Args:
+            checkpoint: Beside the folder of the saved ones.
+            key: Of the saved one, the same in each process; ``None`` if that is not known.
+            reference: Changed in place.
+            device: What the processes talk over.
 
         Raises:
             ReferenceModelError: the saved one is gone, or was made with other settings.
         """
-        store, key = ReferenceStore(checkpoint.parent / FOLDER), noted(checkpoint).key
-        if key is None or key == self.key:
+        if not is_anywhere(key is not None and key != self.key):
             return
-        manifest = store.manifest(key)
+        assert key is not None
+        store = ReferenceStore(checkpoint.parent / FOLDER)
+        manifest = of_main(store.manifest(key))
         if manifest is not None and manifest["settings"] != self._manifest()["settings"]:
             changes = _changes(manifest["settings"], self._manifest()["settings"])
             raise ReferenceModelError(
@@ -297,17 +309,27 @@ class ReferenceKeeper:
                 "would jump. Set the `reference` options to what they were, or start anew from the "
                 "checkpoint's weights."
             )
-        self._restore(store, key, reference)
+        is_missing = is_anywhere(store.manifest(key) is None)
+        if manifest is None or self.settings.on_disk or not is_missing:
+            self._restore(store, key, reference)
+        else:
+            self._adopt(manifest, reference)
+            weights = store.weights(key, reference) if is_main() else {}
+            replace_weights(reference, sent(weights, device=device))
+            logger.info("reference: sent by the main process, from where the run had saved it")
         self.key = key
 
     def _restore(self, store: ReferenceStore, key: str, reference: PreTrainedModel) -> None:
-        manifest = store.manifest(key) or {}
+        self._adopt(store.manifest(key) or {}, reference)
+        store.restore(key, reference, mapped=self.settings.on_disk)
+        logger.info(f"reference: loaded from {store.folder(key)}")
+
+    def _adopt(self, manifest: dict[str, Any], reference: PreTrainedModel) -> None:
+        """Take over what a saved reference was measured to be, and which of its layers are wide."""
         self.wide = manifest.get("wide")
         widen(reference, self.wide or [], narrow=self.settings.quantization)
-        store.restore(key, reference, mapped=self.settings.on_disk)
         fidelity = manifest.get("fidelity")
         self.fidelity = None if fidelity is None else ReferenceFidelity(**fidelity)
-        logger.info(f"reference: loaded from {store.folder(key)}")
 
     def _manifest(self) -> dict[str, Any]:
         settings = {

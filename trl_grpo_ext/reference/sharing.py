@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from transformers import PreTrainedModel
 
-from trl_grpo_ext.reference.layer_stream import named_tensors
-from trl_grpo_ext.reference.store import replace_weights
+from trl_grpo_ext.reference.layer_stream import Weights
 
 _MAIN = 0  # rank
 
@@ -38,28 +36,16 @@ def of_main(value: Any) -> Any:
 
 
 @torch.no_grad()
-def send_weights(reference: PreTrainedModel, *, takes: bool, device: torch.device) -> None:
-    """Give the weights of the main process to those that take them; every one must call it.
-
-    One tensor at a time, through the device.
+def sent(weights: Weights, *, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of the main process in each process, one at a time; every one must call it.
 
     Args:
-        reference: Whole; of the same structure in each process, but for low-rank factors.
-        takes: Whether this process takes them.
+        weights: By their names; only the main process's count.
         device: What the processes talk over.
     """
-    own = dict(named_tensors(reference))
-    kinds = of_main({name: (tensor.dtype, tensor.shape) for name, tensor in own.items()})
-
-    def sent() -> Iterator[tuple[str, Tensor]]:
-        for name, (dtype, shape) in kinds.items():
-            value = own[name].to(device) if is_main() else torch.empty(shape, dtype=dtype)
-            value = value.to(device).contiguous()
-            distributed.broadcast(value, src=_MAIN)
-            yield name, value
-
-    if takes:
-        replace_weights(reference, sent())
-        return
-    for _ in sent():
-        pass
+    kinds = of_main({name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()})
+    for name, (dtype, shape) in kinds.items():
+        value = weights[name] if is_main() else torch.empty(shape, dtype=dtype)
+        value = value.detach().to(device).contiguous()
+        distributed.broadcast(value, src=_MAIN)
+        yield name, value

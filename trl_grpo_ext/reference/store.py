@@ -112,13 +112,8 @@ class ReferenceStore:
         """Write the manifest of a reference whose weights are there: that makes it a saved one."""
         _write_json(self.root / key / _MANIFEST, manifest)
 
-    def restore(self, key: str, reference: PreTrainedModel, *, mapped: bool = False) -> None:
-        """Put the saved weights into a reference of the same kind and settings, in place.
-
-        Args:
-            key: Of the saved one.
-            reference: Changed once all files were found to be whole.
-            mapped: Whether the reference reads its weights from these files from here on.
+    def weights(self, key: str, reference: PreTrainedModel) -> Weights:
+        """Return the saved weights of a reference of the same kind and settings, mapped.
 
         Raises:
             ReferenceModelError: the saved one is not there, damaged, or of another kind.
@@ -140,7 +135,20 @@ class ReferenceStore:
                 "Put back what was there; or delete the folder and start with the initial model, "
                 "from which the reference is built again."
             )
-        replace_weights(reference, weights.items(), mapped=mapped)
+        return weights
+
+    def restore(self, key: str, reference: PreTrainedModel, *, mapped: bool = False) -> None:
+        """Put the saved weights into a reference of the same kind and settings, in place.
+
+        Args:
+            key: Of the saved one.
+            reference: Changed once all files were found to be whole.
+            mapped: Whether the reference reads its weights from these files from here on.
+
+        Raises:
+            ReferenceModelError: as :meth:`weights`.
+        """
+        replace_weights(reference, self.weights(key, reference).items(), mapped=mapped)
 
     def prune(self, output_dir: Path, *, keep: Collection[str]) -> None:
         """Remove saved references that no checkpoint of the folder notes, but for ``keep``."""
@@ -157,16 +165,23 @@ class ReferenceNote(NamedTuple):
 
     Attributes:
         key: In its store; ``None`` if it is not saved.
-        path: That it was loaded from; ``None`` if it was built from the policy.
+        kind: What it is; ``None`` in notes of older versions.
+        on_disk: Whether a streamed one is read from disk.
+        path: Name or folder of the model that the run began with.
+        weights: Hash of those that were loaded from there, if the reference is not saved.
     """
 
     key: str | None = None
+    kind: str | None = None
+    on_disk: bool = False
     path: str | None = None
+    weights: str | None = None
 
 
 def note(checkpoint: Path, reference: ReferenceNote) -> None:
     """Write into a checkpoint which reference its run has."""
-    _write_json(checkpoint / NOTE, {"reference": reference.key, "path": reference.path})
+    values = reference._asdict()
+    _write_json(checkpoint / NOTE, {"reference": values.pop("key"), **values})
 
 
 def noted(checkpoint: Path) -> ReferenceNote:
@@ -177,7 +192,8 @@ def noted(checkpoint: Path) -> ReferenceNote:
     """
     try:
         values = json.loads((checkpoint / NOTE).read_text(encoding="utf-8"))
-        return ReferenceNote(values["reference"], values.get("path"))
+        known = {name: values[name] for name in ReferenceNote._fields if name in values}
+        return ReferenceNote(**known | {"key": values["reference"]})
     except FileNotFoundError:
         return ReferenceNote()
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -39,6 +39,7 @@ from trl_grpo_ext.reference.layer_stream import (
 )
 from trl_grpo_ext.reference.whole import aligned, split_again
 
+_MIXED_FOLDER = "mixed-"  # within that of a reference: what its files were mixed to
 _FOLDER = "_streamed_from"  # attribute of a reference that lies in files: their folder
 _MIXED = "_streamed_mixed"  # attribute of one that was mixed: removes the files of that
 
@@ -124,6 +125,12 @@ def disk_bytes(policy: PreTrainedModel) -> int:
     """Return the bytes that :func:`save_streamed` writes, if initial files still hold the rest."""
     files = weights_by_file(policy)
     return bytes_beside(policy, {n: t for of in files.values() for n, t in of.items()})
+
+
+def remove_mixed(folder: Path) -> None:
+    """Remove what runs that were killed have left of mixing a reference of this folder."""
+    for left in folder.glob(f"{_MIXED_FOLDER}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def open_streamed(policy: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -235,7 +242,7 @@ def _mix_files(reference: PreTrainedModel, live: Mapping[str, Tensor], alpha: fl
     layers = streamed_layers(reference)
     initial: Path = vars(reference)[_FOLDER]
     check_disk(initial, layers[0].stream.host_bytes)
-    folder = Path(tempfile.mkdtemp(prefix="mixed-", dir=initial))
+    folder = Path(tempfile.mkdtemp(prefix=_MIXED_FOLDER, dir=initial))
     remove = weakref.finalize(reference, shutil.rmtree, folder, ignore_errors=True)
     by_file = {
         folder / f"{layer.index}.safetensors": dict(layer.host.named_parameters(layer.prefix[:-1]))
