@@ -212,3 +212,8 @@ def test_pruning_keeps_what_checkpoints_note_and_what_is_asked_for(tmp_path: Pat
         note(tmp_path / f"checkpoint-{step}", ReferenceNote(key))
     store.prune(tmp_path, keep={"moved"})
     assert {folder.name for folder in store.root.iterdir()} == {"noted", "also", "moved"}
+
+
+def test_there_is_nothing_to_prune_where_nothing_was_saved(tmp_path: Path) -> None:
+    ReferenceStore(tmp_path / "reference").prune(tmp_path, keep={"sent"})
+    assert not (tmp_path / "reference").exists()

@@ -155,7 +155,7 @@ class ReferenceStore:
         kept: set[str | None] = {
             noted(note.parent).key for note in output_dir.glob(f"checkpoint-*/{NOTE}")
         }
-        for folder in self.root.iterdir():
+        for folder in self.root.glob("*"):  # none on a machine that was sent it
             if folder.name not in kept.union(keep):
                 shutil.rmtree(folder, ignore_errors=True)
 
