@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from trl_grpo_ext._trl.reference import ReferenceSeams
+from trl_grpo_ext._trl.kept_reference import KeptReference
 from trl_grpo_ext.checkpointing import newest_checkpoint
 from trl_grpo_ext.cpu_linear import use_onednn
 from trl_grpo_ext.errors import ConfigurationError, ReferenceModelError
@@ -34,7 +34,7 @@ logger = logging.get_logger(__name__)
 _MAX_COMPLETION = 256  # [tokens] that a reference is calibrated on
 
 
-class OwnReference(ReferenceSeams):
+class OwnReference(KeptReference):
     """``trl.GRPOTrainer`` with a reference of this package.
 
     Attributes:

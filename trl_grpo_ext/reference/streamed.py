@@ -241,7 +241,8 @@ def _mixed(parameter: Tensor, live: Tensor, alpha: float) -> Tensor:
 def _mix_files(reference: PreTrainedModel, live: Mapping[str, Tensor], alpha: float) -> None:
     layers = streamed_layers(reference)
     initial: Path = vars(reference)[_FOLDER]
-    check_disk(initial, layers[0].stream.host_bytes)
+    writers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each has files of its own
+    check_disk(initial, writers * layers[0].stream.host_bytes)
     folder = Path(tempfile.mkdtemp(prefix=_MIXED_FOLDER, dir=initial))
     remove = weakref.finalize(reference, shutil.rmtree, folder, ignore_errors=True)
     by_file = {
