@@ -17,7 +17,7 @@ from trl_grpo_ext.hub.completions import folder_card
 from trl_grpo_ext.hub.record import (
     IGNORED,
     RECORD,
-    RepoType,
+    REFERENCES,
     Upload,
     is_repo_id,
     read_record,
@@ -77,7 +77,8 @@ def push_dataset(folder: str | Path, *, repo_id: str, private: bool = True) -> s
     card = run_dir / CARD
     if not card.exists():
         card.write_text(folder_card(repo_id), encoding="utf-8")
-    upload = replace(_whole(run_dir, repo_id), repo_type="dataset", private=private)
+    whole = _whole(run_dir, repo_id)
+    upload = replace(whole, repo_type="dataset", ignore=IGNORED, private=private)
     return push_or_tell(run_dir, upload)
 
 
@@ -110,8 +111,9 @@ def _whole(run_dir: Path, repo_id: str | None) -> Upload:
         raise HubError(
             f"{name!r} cannot be the name of a repository. Give another: --repo-id OWNER/NAME."
         )
-    kind: RepoType = "dataset" if _is_dataset(run_dir) else "model"
-    return Upload(name, folder=".", repo_type=kind, ignore=IGNORED)
+    if _is_dataset(run_dir):
+        return Upload(name, folder=".", repo_type="dataset", ignore=IGNORED)
+    return Upload(name, folder=".", ignore=(*IGNORED, REFERENCES))
 
 
 def _is_dataset(folder: Path) -> bool:

@@ -13,8 +13,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # not in its __all__
 
 RECORD = "_hub.json"  # uploads leave out what starts with an underscore
-REFERENCES = "reference/*"  # what a resume needs here: copies of the initial weights
-IGNORED = ("_*", "checkpoint-*", REFERENCES)  # of a run's folder; the first two as in transformers
+IGNORED = ("_*", "checkpoint-*")  # of a run's folder, as in transformers
+REFERENCES = "reference/*"  # of a model's run: copies of the initial weights, for a resume
 
 RepoType = Literal["model", "dataset"]
 
