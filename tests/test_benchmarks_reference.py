@@ -7,7 +7,6 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -151,12 +150,11 @@ def test_rotated_layer_multiplies_with_the_weight_turned_back(methods: ModuleTyp
     assert (weight - layer.weight).norm() < 0.15 * layer.weight.norm()
 
 
-def test_spread_keeps_labels_apart_and_leaves_them_where_they_are(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_spread_puts_labels_above_their_values_and_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     plot = __import__("reference_plot")
-    assert plot.spread([1.0, 2.0, 4.0]) == [1.0, 2.0, 4.0]
-    crowded = plot.spread([1.0, 1.0, 1.0])
-    assert [b / a for a, b in pairwise(crowded)] == pytest.approx([plot.LABEL_GAP] * 2)
-    assert crowded[1] == pytest.approx(1.0)
+    gap = plot.LABEL_GAP
+    assert plot.spread([1.0, 2.0, 4.0]) == pytest.approx([gap, 2.0, 4.0])
+    assert plot.spread([1.0, 1.0, 1.0]) == pytest.approx([gap, gap**2, gap**3])
+    assert plot.spread([1.0, 1.5, 8.0]) == pytest.approx([gap, gap**2, 8.0])
+    assert plot.spread([]) == []
