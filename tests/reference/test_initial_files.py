@@ -68,6 +68,20 @@ def test_only_what_the_initial_file_does_not_hold_is_written(folder: Path, tmp_p
     assert torch.equal(logits_of(reference), logits_of(policy))
 
 
+def test_saving_over_the_initial_model_leaves_the_reference_as_it_is(
+    folder: Path, tmp_path: Path
+) -> None:
+    policy = loaded(folder)
+    reference = build_streamed_reference(policy, folder=tmp_path / "reference")
+    before = logits_of(reference)
+    with torch.no_grad():
+        policy.get_parameter("model.layers.1.mlp.up_proj.weight").zero_()
+    policy.save_pretrained(folder)
+    assert torch.equal(logits_of(reference), before)
+    again = open_streamed(policy, tmp_path / "reference")
+    assert torch.equal(logits_of(again), before)
+
+
 def test_layers_are_mapped_from_the_initial_file(folder: Path, tmp_path: Path) -> None:
     if not Path("/proc/self/maps").exists():
         pytest.skip("this system does not show what is mapped")
