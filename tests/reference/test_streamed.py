@@ -56,6 +56,7 @@ from trl_grpo_ext.reference.layer_stream import (
 )
 from trl_grpo_ext.reference.streamed import (
     build_streamed_reference,
+    describe_streamed,
     mix_streamed,
     open_streamed,
     remove_mixed,
@@ -552,6 +553,25 @@ def test_layers_from_files_are_mapped_and_not_read_into_memory(tmp_path: Path) -
     del reference
     gc.collect()
     assert str(tmp_path / "layer") not in Path("/proc/self/maps").read_text()
+
+
+def test_what_a_streamed_reference_takes_in_words(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+    )
+    policy = LlamaForCausalLM(config)
+    # A layer has 4 x 512 x 512 + 3 x 512 x 1024 + 2 x 512 weights in 4 bytes: 10.49 MB. Two of them
+    # and embeddings and head, 1000 x 512 each, take 20.98 + 4.10 MB.
+    assert describe_streamed(build_streamed_reference(policy)) == (
+        "31 MB of layers in host memory, 25 MB on the device"
+    )
+    assert describe_streamed(build_streamed_reference(policy, folder=tmp_path)) == (
+        "31 MB of layers in files, 25 MB on the device"
+    )
 
 
 def test_files_of_the_same_weights_are_used_again(tmp_path: Path) -> None:

@@ -39,7 +39,12 @@ from trl_grpo_ext.reference.store import (
     reference_key,
     replace_weights,
 )
-from trl_grpo_ext.reference.streamed import build_streamed_reference, mix_streamed, remove_mixed
+from trl_grpo_ext.reference.streamed import (
+    build_streamed_reference,
+    describe_streamed,
+    mix_streamed,
+    remove_mixed,
+)
 from trl_grpo_ext.reference.whole import split_again, unsplit
 
 logger = logging.get_logger(__name__)
@@ -98,7 +103,8 @@ class ReferenceKeeper:
             self.key = reference_key(fingerprint(policy), self.settings.identity | drawn)
             self.initial_key = self.initial_key or self.key
         reference = self._uncalibrated(policy)
-        if self.settings.kind == "quantized":
+        kind = self.settings.kind
+        if kind == "quantized":
             if self.store is not None and self.store.manifest(self.key) is not None:
                 self._restore(self.store, self.key, reference)
                 self._measure_again(self.store, reference, policy)
@@ -109,7 +115,8 @@ class ReferenceKeeper:
                 self.save(reference)
             self._tell_fidelity()
             self._tell_unknown_experts(reference)
-        logger.info(f"reference: {self.settings.kind}, {summarize_reference(reference)}")
+        tell = describe_streamed if kind == "streamed" else summarize_reference
+        logger.info(f"reference: {kind}, {tell(reference)}")
         return reference
 
     def share(self, reference: PreTrainedModel, *, device: torch.device) -> None:

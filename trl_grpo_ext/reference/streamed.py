@@ -154,6 +154,17 @@ def open_streamed(policy: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return reference
 
 
+def describe_streamed(reference: PreTrainedModel) -> str:
+    """Return in words what a streamed reference takes, and where."""
+    stream = streamed_layers(reference)[0].stream
+    outside = sum(tensor.nbytes for _, tensor in named_tensors(reference))
+    place = "files" if _FOLDER in vars(reference) else "host memory"
+    return (
+        f"{stream.host_bytes / 1e6:.0f} MB of layers in {place}, "
+        f"{(outside + stream.slot_bytes) / 1e6:.0f} MB on the device"
+    )
+
+
 @torch.no_grad()
 def mix_streamed(reference: PreTrainedModel, policy: PreTrainedModel, *, alpha: float) -> None:
     r"""Move a streamed reference towards the policy, as ``sync_ref_model`` does.
