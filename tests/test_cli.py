@@ -90,7 +90,6 @@ def test_plan_passes_every_option_on(tmp_path: Path) -> None:
         "reference-quantization": "fp4",
         "reference-block-size": 128,
         "reference-rank": 16,
-        "reference-bits": 4.5,
         "reference-embedding-bits": 8,
         "reward": "7B",
         "plot": tmp_path / "plan.png",
@@ -117,7 +116,7 @@ def test_plan_passes_every_option_on(tmp_path: Path) -> None:
             "block_size": 128,
             "double_quantization": False,
             "rank": 16,
-            "bits": 4.5,
+            "bits": None,
             "embedding_bits": 8,
         },
         "reward_parameters": 7 * 10**9,
@@ -126,6 +125,24 @@ def test_plan_passes_every_option_on(tmp_path: Path) -> None:
     }
     assert (plan["gpu_bytes"], plan["usable_bytes"]) == (48 * 10**9, 38_400_000_000)
     assert (tmp_path / "plan.png").stat().st_size > 0
+
+
+def test_plan_takes_bits_or_a_rank() -> None:
+    bits = ["plan", "--model", "Qwen3-8B", "--reference", "quantized", "--reference-bits", "4.5"]
+    plan = json.loads(RUN.invoke(app, [*bits, "--json"]).stdout)
+    assert plan["settings"]["storage"]["bits"] == 4.5
+    both = RUN.invoke(app, [*bits, "--reference-rank", "16"])
+    assert both.exit_code == 1
+    assert "--reference-rank and --reference-bits are both set" in both.stderr
+
+
+def test_plan_by_default_is_of_the_first_reference_that_fits() -> None:
+    asked = ["plan", "--model", "Qwen2.5-1.5B", "--gpu-memory-gb", "40", "--json"]
+    auto = json.loads(RUN.invoke(app, asked).stdout)
+    assert (auto["fits"], auto["settings"]["reference"]) == (True, "streamed")
+    named = json.loads(RUN.invoke(app, [*asked, "--reference", "resident"]).stdout)
+    assert (named["fits"], named["settings"]["reference"]) == (False, "resident")
+    assert named["suggestion"]["settings"] == auto["settings"]
 
 
 def test_plan_says_what_is_wrong_with_the_path_of_a_plot(tmp_path: Path) -> None:

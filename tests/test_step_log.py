@@ -229,6 +229,18 @@ def test_evaluation_is_the_new_best_where_transformers_takes_it_for_that(
     assert "new best" not in after
 
 
+def test_long_choices_take_several_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    callback = StepLogCallback(["reference: resident (a copy of 0.5 GB fits into 9.1 GB)", "short"])
+    args, control = TrainingArguments(report_to=[]), TrainerControl()
+    callback.on_train_begin(args, TrainerState(), control)
+    assert capsys.readouterr().out == (
+        "reference: resident (a copy of 0.5 GB\n  fits into 9.1 GB)\nshort\n"
+    )
+
+
 @pytest.mark.usefixtures("columns")
 def test_end_of_a_resumed_run_counts_what_this_session_did(
     capsys: pytest.CaptureFixture[str],

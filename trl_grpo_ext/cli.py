@@ -157,7 +157,9 @@ def plan(
     from trl_grpo_ext.memory.show import print_plan, save_plot
 
     try:
-        planned = make_plan(model, settings_of(**settings), **memory)
+        planned = make_plan(
+            model, settings_of(**settings), **memory, choose_reference=reference == "auto"
+        )
     except ExtGRPOError as error:
         raise _failure(str(error)) from error
     if plot is not None:

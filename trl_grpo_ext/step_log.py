@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -97,7 +98,8 @@ class StepLogCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         for text in self.opening:
-            print_lines([Field(text, 0)])
+            for row in textwrap.wrap(text, _console().width, subsequent_indent="  "):
+                print_line([Field(row, 0)])
         if state.global_step:
             print_line([Field(f"going on after step {state.global_step}/{state.max_steps}", 0)])
 

@@ -229,6 +229,33 @@ def test_make_plan_refuses_memory_that_cannot_be(memory: dict[str, Any], expecte
         make_plan("Llama-3-8B", ON_8, **memory)
 
 
+def test_auto_plans_the_first_reference_that_fits() -> None:
+    asked = RunSettings()
+    whole = make_plan("Qwen2.5-1.5B", asked, gpu_memory_gb=80).estimate.total_bytes
+    room = {"gpu_memory_gb": (whole - GB) / GB, "reserve": 0.0}
+    as_asked = make_plan("Qwen2.5-1.5B", asked, **room)
+    assert (as_asked.fits, as_asked.asked.reference) == (False, "resident")
+    auto = make_plan("Qwen2.5-1.5B", asked, choose_reference=True, **room)
+    assert (auto.fits, auto.asked.reference) == (True, "streamed")
+    assert auto.verdict().startswith("fits")
+    small = make_plan("Qwen2.5-1.5B", asked, choose_reference=True, host_memory_gb=1, **room)
+    assert (small.fits, small.asked.reference) == (True, "quantized")
+    none = make_plan("Qwen2.5-1.5B", asked, choose_reference=True, gpu_memory_gb=2)
+    assert (none.fits, none.asked.reference) == (False, "resident")
+
+
+@pytest.mark.parametrize("kind", ["resident", "streamed", "quantized"])
+def test_an_adapter_needs_no_other_reference(kind: Any) -> None:
+    (found,) = settings_problems(replace(ON_8, lora_rank=8, reference=kind))
+    assert f"--reference is {kind}, but with its adapter (--lora) switched off" in found
+
+
+def test_a_configuration_file_stands_for_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    options = recipe_options(str(tmp_path / "config.json"), ON_8)
+    assert options["model_name_or_path"] == str(tmp_path)
+
+
 OFFERED = [
     ON_8,
     replace(ON_8, reference="none"),

@@ -205,7 +205,7 @@ def test_a_linked_file_that_changed_is_found_by_its_hash(folder: Path, tmp_path:
     with pytest.raises(ReferenceModelError) as error:
         map_initial(target, verify=True)
     assert str(error.value) == (
-        f"{path} leads to {path}, one of the files that the model was loaded from, which is gone "
+        f"{path} is a link to one of the files that the model was loaded from, which is gone "
         f"or has changed (1 of {len(weights)} tensors, the first is model.norm.weight), so that "
         "the reference cannot be read from it. Put it back; or start anew from the initial model."
     )

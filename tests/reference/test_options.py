@@ -93,10 +93,10 @@ def test_identity_names_what_changes_the_weights_and_of_an_exact_reference_the_k
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reference_rank": 0}, "`reference_rank` is 0; use at least 1 directions"),
-        ({"reference_calibration_tokens": 0}, "`reference_calibration_tokens` is 0; use at least"),
-        ({"reference_distillation_steps": -1}, "use at least 0 steps"),
-        ({"reference_kl_target": 0.0}, "use at least 1e-09 nats a token"),
+        ({"reference_rank": 0}, "`reference_rank` is 0; use 1 or more, or leave it out."),
+        ({"reference_calibration_tokens": 0}, "`reference_calibration_tokens` is 0; use 1 or more"),
+        ({"reference_distillation_steps": -1}, "use 0 or more"),
+        ({"reference_kl_target": 0.0}, "use nats a token above 0"),
         ({"reference_max_floor": float("nan")}, "`reference_max_floor` is nan"),
         (
             {"reference_rank": 8, "reference_compensation": "rounding"},
@@ -119,6 +119,11 @@ def test_identity_names_what_changes_the_weights_and_of_an_exact_reference_the_k
         (
             {"reference_bits": 4.1},
             "nf4 in blocks of 64 takes 4.127 bits a weight alone. Use more",
+        ),
+        ({"reference_bits": 16}, "`reference_bits` is 16, but a copy in 16 bits is exact."),
+        (
+            {"reference_bits": 4.6, "reference_quantization": "int8"},
+            "whose weights all take the same.",
         ),
         (
             {"reference_compensation": "none", "reference_calibration_tokens": 99},

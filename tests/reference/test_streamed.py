@@ -606,7 +606,8 @@ def test_a_damaged_file_is_written_anew_when_building_and_refused_when_opening(
     message = str(error.value)
     assert message.startswith(f"{path} is damaged (")
     assert message.endswith(
-        "), so the reference cannot be read from it. Delete the file, and start again."
+        f"), so the reference cannot be read from it. Delete the folder {tmp_path}, and start "
+        "again."
     )
     reference = build_streamed_reference(policy, folder=tmp_path)
     assert torch.equal(logits_of(reference), logits_of(policy))

@@ -99,10 +99,15 @@ def planned_config(name_or_path: str) -> PreTrainedConfig:
 def hub_name(name_or_path: str) -> str:
     """Return the name with its owner, if it is that of a known model; else as it is.
 
+    A configuration's file stands for its folder.
+
     Example:
         >>> hub_name("Llama-3-70B"), hub_name("Llama-3-70B-Instruct")
         ('meta-llama/Meta-Llama-3-70B', 'Llama-3-70B-Instruct')
     """
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return str(path.parent)
     known = find_known(name_or_path)
     if known is None or "/" in name_or_path:
         return name_or_path

@@ -55,7 +55,8 @@ def settings_of(
 ) -> RunSettings:
     """Return settings from what was typed, each option as in `trl-grpo-ext plan --help`.
 
-    ``reference="auto"`` is the adapter switched off where there is one, else a full copy. A reward
+    ``reference="auto"`` is the adapter switched off where there is one, else a full copy, from
+    where :func:`~trl_grpo_ext.memory.plan.make_plan` looks for the first that fits. A reward
     ``"model"`` is of the policy's size; ``"api"`` takes no memory here. Without
     ``gradient_accumulation``, a GPU generates one group at a time.
 
@@ -64,7 +65,13 @@ def settings_of(
         ModelPreparationError: the reward model is not known.
     """
     given: dict[str, Any] = locals()
-    if problems := list(_unknown_values(given)):
+    problems = list(_unknown_values(given))
+    if reference_rank is not None and reference_bits is not None:
+        problems.append(
+            "--reference-rank and --reference-bits are both set, and each says how large the "
+            "reference is. Keep one of them."
+        )
+    if problems:
         raise ConfigurationError(problems)
     if reference == "auto":
         reference = "adapter" if lora else "resident"

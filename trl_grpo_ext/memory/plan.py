@@ -168,6 +168,7 @@ def make_plan(
     gpu_memory_gb: float,
     host_memory_gb: float | None = None,
     reserve: float = RESERVE,
+    choose_reference: bool = False,
 ) -> Plan:
     """Return the plan of a run.
 
@@ -178,6 +179,8 @@ def make_plan(
         gpu_memory_gb: Of one GPU, in GB of 1e9 bytes.
         host_memory_gb: Of the machine, in GB; if not given, it is taken to be enough.
         reserve: The share of a GPU that is left free.
+        choose_reference: Whether the reference is the first that fits, as ``reference: auto`` has
+            it, if the one asked for does not.
 
     Raises:
         ConfigurationError: settings that cannot work, all at once.
@@ -198,6 +201,8 @@ def make_plan(
     usable = int(gpu_memory_gb * GB * (1 - reserve))
     host = None if host_memory_gb is None else int(host_memory_gb * GB)
     found = fastest_that_fits(shape, settings, usable_bytes=usable, host_bytes=host)
+    if choose_reference and found and found == replace(settings, reference=found.reference):
+        settings = found
     nominal = nominal_parameters(model, counted=shape.num_parameters)
     return Plan(
         model=model,

@@ -138,6 +138,11 @@ def settings_problems(settings: RunSettings) -> Iterator[str]:
             "--reference is adapter, but there is no adapter to switch off. "
             "Add --lora RANK, or use another reference."
         )
+    if settings.lora_rank > 0 and settings.reference in ("resident", "streamed", "quantized"):
+        yield (
+            f"--reference is {settings.reference}, but with its adapter (--lora) switched off the "
+            "policy is its own exact reference, at no memory. Use --reference auto."
+        )
     if settings.sharding != "none" and settings.num_gpus == 1:
         yield (
             f"--sharding is {settings.sharding}, but --gpus is 1, so there is nothing to share "

@@ -223,6 +223,7 @@ def _check_keep_modules(policy: PreTrainedModel, keep_modules: Sequence[str]) ->
     names = last | {name.rpartition(".")[2] for name, _ in modules}
     if unknown := sorted(set(keep_modules) - names):
         raise ReferenceModelError(
-            f"`reference_keep_modules` names {', '.join(unknown)}, but {type(policy).__name__} has "
-            f"no such module. Its linear layers are among: {', '.join(sorted(last))}."
+            f"`reference_keep_modules` names {', '.join(map(repr, unknown))}, but "
+            f"{type(policy).__name__} has no such module. Its linear layers are "
+            f"among: {', '.join(sorted(last))}."
         )

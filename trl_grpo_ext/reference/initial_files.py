@@ -92,9 +92,10 @@ def map_initial(folder: Path, *, verify: bool = False) -> Weights:
             if name not in weights or (verify and _hash(weights[name]) != digest)
         ]
         if changed:
+            where = f" ({path.resolve()})" if path.is_symlink() else ""
             raise ReferenceModelError(
-                f"{path} leads to {path.resolve()}, one of the files that the model was loaded "
-                f"from, which is gone or has changed ({len(changed)} of {len(hashes)} tensors, the "
+                f"{path} is a link to one of the files that the model was loaded from{where}, "
+                f"which is gone or has changed ({len(changed)} of {len(hashes)} tensors, the "
                 f"first is {changed[0]}), so that the reference cannot be read from it. Put it "
                 "back; or start anew from the initial model."
             )
@@ -122,7 +123,7 @@ def map_weights(path: Path) -> Weights:
     except SafetensorError as error:
         raise ReferenceModelError(
             f"{path} is damaged ({error}), so the reference cannot be read from it. "
-            "Delete the file, and start again."
+            f"Delete the folder {path.parent}, and start again."
         ) from error
 
 

@@ -17,6 +17,7 @@ Compensation = Literal["none", "rounding", "mixed", "low_rank"]
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 DEFAULT_RANK = 32  # whose bytes are also what `mixed` takes
 DEFAULT_CALIBRATION_TOKENS = 16384
+_EXACT_BITS = 16  # a weight of a copy in half precision
 
 
 @dataclass
@@ -226,16 +227,16 @@ def reference_problems(
 
 
 def _number_problems(options: ReferenceOptions) -> Iterator[str]:
-    for name, least, unit in (
-        ("reference_rank", 1, "directions"),
-        ("reference_calibration_tokens", 1, "tokens"),
-        ("reference_distillation_steps", 0, "steps"),
-        ("reference_kl_target", 1e-9, "nats a token (0.001 to 0.1)"),
+    for name, least, wanted in (
+        ("reference_rank", 1, "1 or more"),
+        ("reference_calibration_tokens", 1, "1 or more"),
+        ("reference_distillation_steps", 0, "0 or more"),
+        ("reference_kl_target", 1e-9, "nats a token above 0 (0.001 to 0.1)"),
         ("reference_max_floor", 1e-9, "a share above 0 (0.5)"),
     ):
         value = getattr(options, name)
         if value is not None and not least <= value < math.inf:
-            yield f"`{name}` is {value}; use at least {least:g} {unit}, or leave it out."
+            yield f"`{name}` is {value}; use {wanted}, or leave it out."
 
 
 def _compensation_problems(options: ReferenceOptions) -> Iterator[str]:
@@ -265,10 +266,15 @@ def _compensation_problems(options: ReferenceOptions) -> Iterator[str]:
             "`reference_rank` and `reference_bits` are both set, and each says how large the "
             "low-rank factors are. Keep one of them."
         )
-    least = code_bits(settings)
-    if options.reference_bits is not None and not least < options.reference_bits < math.inf:
+    least, bits = code_bits(settings), options.reference_bits
+    if bits is not None and not bits < _EXACT_BITS:
         yield (
-            f"`reference_bits` is {options.reference_bits}, but {settings.quantization} in blocks "
+            f"`reference_bits` is {bits}, but a copy in 16 bits is exact. Use fewer, such as 4.6, "
+            "or `reference: streamed` or `resident`."
+        )
+    elif bits is not None and bits <= least and compensation in ("mixed", "low_rank"):
+        yield (
+            f"`reference_bits` is {bits}, but {settings.quantization} in blocks "
             f"of {settings.block_size} takes {least:.3f} bits a weight alone. Use more, or "
             "`reference_compensation: rounding`."
         )
