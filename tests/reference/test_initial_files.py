@@ -82,6 +82,16 @@ def test_saving_over_the_initial_model_leaves_the_reference_as_it_is(
     assert torch.equal(logits_of(again), before)
 
 
+def test_files_of_the_run_itself_are_not_linked(folder: Path) -> None:
+    target = folder / "reference" / "key"  # as where `output_dir` is the model's folder
+    reference = build_streamed_reference(loaded(folder), folder=target)
+    before = logits_of(reference)
+    assert not list(target.glob("initial*"))
+    path = folder / "model.safetensors"
+    path.write_bytes(bytes(path.stat().st_size))  # in place, as shutil.copy does
+    assert torch.equal(logits_of(reference), before)
+
+
 def test_layers_are_mapped_from_the_initial_file(folder: Path, tmp_path: Path) -> None:
     if not Path("/proc/self/maps").exists():
         pytest.skip("this system does not show what is mapped")

@@ -205,13 +205,25 @@ def test_a_damaged_note_is_an_error(text: str, tmp_path: Path) -> None:
 
 def test_pruning_keeps_what_checkpoints_note_and_what_is_asked_for(tmp_path: Path) -> None:
     store = ReferenceStore(tmp_path / "reference")
-    for key in ("noted", "also", "moved", "stale"):
+    noted, also, moved, stale = (digit * 16 for digit in "012a")
+    for key in (noted, also, moved, stale, "somebody's"):
         (store.root / key).mkdir(parents=True)
-    for step, key in ((2, "noted"), (4, "also")):
+    for step, key in ((2, noted), (4, also)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         note(tmp_path / f"checkpoint-{step}", ReferenceNote(key))
-    store.prune(tmp_path, keep={"moved"})
-    assert {folder.name for folder in store.root.iterdir()} == {"noted", "also", "moved"}
+    store.prune(tmp_path, keep={moved})
+    kept = {noted, also, moved, "somebody's"}
+    assert {folder.name for folder in store.root.iterdir()} == kept
+
+
+def test_nothing_is_pruned_where_a_note_cannot_be_read(tmp_path: Path) -> None:
+    store = ReferenceStore(tmp_path / "reference")
+    (store.root / ("a" * 16)).mkdir(parents=True)
+    (tmp_path / "checkpoint-2").mkdir()
+    note(tmp_path / "checkpoint-2", ReferenceNote("b" * 16))
+    (next((tmp_path / "checkpoint-2").iterdir())).write_text("")
+    store.prune(tmp_path, keep=())
+    assert (store.root / ("a" * 16)).exists()
 
 
 def test_there_is_nothing_to_prune_where_nothing_was_saved(tmp_path: Path) -> None:

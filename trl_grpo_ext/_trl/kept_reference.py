@@ -51,7 +51,8 @@ class KeptReference(ReferenceSeams):
         keeper, device = self.reference_keeper, self.accelerator.device
         if keeper is not None:
             keeper.resume(checkpoint, found.key, self.bare_reference, device=device)
-            self.reference_path = found.path or self.reference_path
+            if found.key is not None:
+                self.reference_path = found.path or self.reference_path
         elif self.ref_model is not None and found.path and found.weights:
             self._load_again(found.path, found.weights)
         if self.ref_model is None or self.saves_reference or not self.args.sync_ref_model:

@@ -54,6 +54,8 @@ def link_initial(model: PreTrainedModel, folder: Path, weights: Weights) -> set[
     """
     links = {}
     for number, path in enumerate(initial_files(model)):
+        if path.resolve().parent in folder.resolve().parents:
+            continue  # the run's own folder, where pushes to the Hub write into the file itself
         same = {
             name: _hash(tensor)
             for name, tensor in _like(path, weights)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from trl_grpo_ext.reference.whole import aligned, gathered, split_again, unsplit
 FOLDER = "reference"  # beside the checkpoints
 NOTE = "reference.json"  # in a checkpoint: which reference its run has
 _MANIFEST = "manifest.json"
+_KEY = re.compile("[0-9a-f]{16}")  # from reference_key
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -151,12 +153,17 @@ class ReferenceStore:
         replace_weights(reference, self.weights(key, reference).items(), mapped=mapped)
 
     def prune(self, output_dir: Path, *, keep: Collection[str]) -> None:
-        """Remove saved references that no checkpoint of the folder notes, but for ``keep``."""
-        kept: set[str | None] = {
-            noted(note.parent).key for note in output_dir.glob(f"checkpoint-*/{NOTE}")
-        }
+        """Remove saved references that no checkpoint of the folder notes, but for ``keep``.
+
+        Other folders stay. Nothing is removed where a note cannot be read, as it may name any.
+        """
+        notes = output_dir.glob(f"checkpoint-*/{NOTE}")
+        try:
+            kept = {noted(path.parent).key for path in notes}.union(keep)
+        except ReferenceModelError:
+            return
         for folder in self.root.glob("*"):  # none on a machine that was sent it
-            if folder.name not in kept.union(keep):
+            if _KEY.fullmatch(folder.name) and folder.name not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
