@@ -538,6 +538,31 @@ def test_a_model_that_has_changed_is_another_reference(
     )
 
 
+def test_without_the_state_of_a_run_another_reference_is_told_too(
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    initial = shutil.copytree(tiny_model_dir, tmp_path / "initial")
+    build(initial, tmp_path, max_steps=3, save_only_model=True).train()
+    shutil.rmtree(initial)
+    checkpoint = tmp_path / "checkpoint-3"
+    resumed = build(checkpoint, tmp_path, max_steps=4, save_only_model=True)
+    resumed.train(str(checkpoint))
+    assert f"{initial} does not hold what the run's reference was loaded from" in caplog.text
+
+
+def test_auto_goes_on_with_a_copy_that_the_run_has_saved(
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = build(tiny_model_dir, tmp_path, max_steps=4, save_steps=2, reference="resident")
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed = build(tmp_path / "checkpoint-2", tmp_path, max_steps=4, save_steps=2)
+    resumed.train("last-good")
+    assert "goes on with" not in caplog.text
+    assert fingerprint(whole.ref_model) == fingerprint(resumed.ref_model)
+    assert_same(resumed, whole)
+
+
 def test_another_reference_than_the_run_began_with_is_told(
     tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

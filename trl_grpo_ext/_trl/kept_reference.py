@@ -68,7 +68,7 @@ class KeptReference(ReferenceSeams):
     def _load_again(self, path: str, expected: str) -> None:
         """Load TRL's own reference from where the run had it from, if this run's is another one.
 
-        What cannot be loaded stays what it is, and the resume tells that.
+        What cannot be loaded stays what it is, with a warning.
         """
         own = self._weights_of_reference()
         if is_anywhere(own not in (None, expected)):
@@ -81,6 +81,11 @@ class KeptReference(ReferenceSeams):
             except (OSError, ValueError, RuntimeError, SafetensorError) as error:
                 logger.info(f"reference: {path} cannot be loaded: {error}")
             if is_anywhere(not fits(self.bare_reference, weights)):
+                if self.is_world_process_zero():
+                    logger.warning(
+                        f"{path} does not hold what the run's reference was loaded from any more: "
+                        "the KL goes on against the model that this run was given."
+                    )
                 changed = " as it is now" if self.reference_path == path else ""
                 self.reference_path += changed
                 return

@@ -64,7 +64,8 @@ class OwnReference(KeptReference):
         kind = choice.kind
         self._tell_reference(kind, choice.reason)
         self._check_sync(kind)
-        if self.options.reference == "auto" and kind == "resident" and not self._copies(policy):
+        copies = choice.saved or self._copies(policy)
+        if self.options.reference == "auto" and kind == "resident" and not copies:
             return None
         on_cpu = self.accelerator.device.type == "cpu"
         if on_cpu and self.runs_onednn:
@@ -139,7 +140,8 @@ class OwnReference(KeptReference):
         if found.kind is None or not (found.path == path or Path(path).parent == folder):
             return None
         reason = f"as for {last}; an empty `output_dir` has it chosen anew"
-        return ReferenceChoice(cast(Any, found.kind), reason, found.on_disk)
+        saved = found.key is not None
+        return ReferenceChoice(cast(Any, found.kind), reason, found.on_disk, saved)
 
     def _has_whole(self, policy: PreTrainedModel) -> bool:
         """Whether each process has all weights now, and could follow them once they are split."""

@@ -150,11 +150,13 @@ class ReferenceChoice(NamedTuple):
         kind: To build.
         reason: One clause, with the numbers (GB of 1e9 bytes) that it was chosen for.
         on_disk: Whether a streamed one is read from disk, because host memory is too small.
+        saved: Whether a run that may be resumed has saved it.
     """
 
     kind: ReferenceKind
     reason: str
     on_disk: bool = False
+    saved: bool = False
 
 
 def choose_reference(
