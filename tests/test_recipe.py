@@ -243,6 +243,22 @@ def test_grpo_recipe_dry_run_loads_no_model(write: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reference_rank": 33}, "`reference_rank` is 33, but model.layers.0."),
+        ({"reference_keep_modules": ["up"]}, "`reference_keep_modules` names 'up', but Llama"),
+    ],
+)
+def test_a_dry_run_holds_the_reference_to_the_layers_of_the_model(
+    options: dict[str, Any], message: str, write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rank = {"reference_compensation": "low_rank"} if "reference_rank" in options else {}
+    given = write(reference="quantized", beta=0.1, **options, **rank)
+    assert run_recipe(lambda _: 0, [*given, "--dry_run"]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_grpo_recipe_prints_the_problems_without_a_traceback(write: Any) -> None:
     done = run(write(kl_estimator="k4"))
     assert done.returncode != 0

@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext import ExtGRPOConfig, ExtGRPOTrainer
 from trl_grpo_ext.checkpointing import damage
-from trl_grpo_ext.errors import CheckpointError
+from trl_grpo_ext.errors import CheckpointError, ReferenceModelError
 from trl_grpo_ext.reference.store import fingerprint
 from trl_grpo_ext.signals import StopSignals, TrainingInterrupted
 
@@ -536,6 +536,8 @@ def test_a_model_that_has_changed_is_another_reference(
         f"The run began with the reference 'resident, loaded from {initial}' and goes on "
         f"with 'resident, loaded from {here}', so its KL is another one." in caplog.text
     )
+    note = json.loads((tmp_path / "checkpoint-4" / "reference.json").read_text())
+    assert note["path"] == str(model)
 
 
 def test_without_the_state_of_a_run_another_reference_is_told_too(
@@ -561,6 +563,34 @@ def test_auto_goes_on_with_a_copy_that_the_run_has_saved(
     assert "goes on with" not in caplog.text
     assert fingerprint(whole.ref_model) == fingerprint(resumed.ref_model)
     assert_same(resumed, whole)
+
+
+@pytest.mark.parametrize("given", ["initial", "checkpoint"])
+def test_a_copy_that_was_asked_for_later_is_of_the_initial_model(
+    given: str, tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = build(tiny_model_dir, tmp_path, max_steps=4, save_steps=2)
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    model = {"initial": tiny_model_dir, "checkpoint": tmp_path / "checkpoint-2"}[given]
+    changes = {"max_steps": 4, "save_steps": 2, "reference": "resident"}
+    resumed = build(model, tmp_path, **changes)
+    resumed.train("last-good")
+    assert "goes on with" not in caplog.text
+    assert_same(resumed, whole)
+    first = build(tiny_model_dir, tmp_path, **changes)
+    assert resumed.reference_keeper.key == first.reference_keeper.key
+    assert fingerprint(resumed.ref_model) == fingerprint(first.ref_model)
+    note = json.loads((tmp_path / "checkpoint-4" / "reference.json").read_text())
+    assert note["reference"] == first.reference_keeper.key
+    assert note["path"] == str(tiny_model_dir)
+
+
+def test_another_kind_than_trls_own_copy_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    build(tiny_model_dir, tmp_path, max_steps=3).train()
+    other = build(tiny_model_dir, tmp_path, max_steps=4, reference="streamed")
+    with pytest.raises(ReferenceModelError, match=r"kind: 'resident', here 'streamed'"):
+        other.train("last-good")
 
 
 def test_another_reference_than_the_run_began_with_is_told(

@@ -392,6 +392,37 @@ def test_auto_stays_what_it_was_where_a_run_may_be_resumed(
     assert other.reference_kind == later.kind
 
 
+def test_auto_stays_streamed_wherever_its_layers_lie(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_disk = {"reference": "streamed", "reference_on_disk": True}
+    history, _ = train(ext_trainer(tiny_model_dir, tmp_path, **SAVING | on_disk))
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    monkeypatch.chdir(tiny_model_dir.parent)
+    for model in (tiny_model_dir.name, f"{tiny_model_dir}/"):
+        resumed = ext_trainer(model, tmp_path, **SAVING)
+        assert resumed.reference_kind == "streamed"
+        assert resumed.reference_keeper.settings.on_disk
+    resumed = ext_trainer(tiny_model_dir, tmp_path, **SAVING, reference_on_disk=False)
+    assert resumed.reference_kind == "streamed"
+    assert not resumed.reference_keeper.settings.on_disk
+    resumed.train(resume_from_checkpoint=True)
+    assert series(resumed.state.log_history, "kl") == series(history, "kl")
+
+
+def test_files_of_another_type_are_not_read_layer_by_layer(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    changes = SAVING | {"reference": "streamed", "reference_on_disk": True}
+    train(ext_trainer(tiny_model_dir, tmp_path, **changes))
+    changes |= {"model_init_kwargs": {"dtype": "bfloat16"}, "max_steps": 5}
+    with pytest.raises(ReferenceModelError, match=r"in torch\.float32, .* in torch\.bfloat16"):
+        ext_trainer(tiny_model_dir, tmp_path, **changes).train(resume_from_checkpoint=True)
+    resumed = ext_trainer(tiny_model_dir, tmp_path, **changes | {"reference_on_disk": False})
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 5
+
+
 def test_stages_of_deepspeed_are_counted_as_they_are(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,8 +27,10 @@ from trl_grpo_ext.errors import ConfigurationError, ExtGRPOError
 from trl_grpo_ext.evaluation import Accuracy
 from trl_grpo_ext.memory import MemoryEstimate, available_memory_bytes, estimate_memory
 from trl_grpo_ext.memory import ReferenceKind as MemoryReference
+from trl_grpo_ext.memory.shape import model_on_meta
 from trl_grpo_ext.model_cache import load_model_config, model_problems
 from trl_grpo_ext.peers import is_told_elsewhere
+from trl_grpo_ext.reference.build import check_options
 from trl_grpo_ext.reference.options import ReferenceSettings
 from trl_grpo_ext.report import Example, library_versions
 from trl_grpo_ext.rewards.combine import unknown_reward_problems
@@ -211,6 +213,7 @@ def check_recipe(recipe: Recipe) -> str:
 
     Raises:
         ModelPreparationError: the model's configuration is not to be had.
+        ReferenceModelError: the model has no such modules to keep, or no layers of such a rank.
     """
     task = load_task(recipe.task)
     estimate = estimate_run_memory(recipe, task)
@@ -252,6 +255,11 @@ def estimate_run_memory(recipe: Recipe, task: Task) -> MemoryEstimate:
         revision=recipe.model.model_revision,
         trust_remote_code=training.trust_remote_code,
     )
+    settings = ReferenceSettings.of(training, kind="quantized")
+    if settings.keep_modules or settings.rank:
+        check_options(
+            model_on_meta(config), keep_modules=settings.keep_modules, rank=settings.rank or 0
+        )
     reference: MemoryReference = "none"
     if training.beta:
         chosen = "adapter" if recipe.model.use_peft else training.reference
@@ -266,7 +274,7 @@ def estimate_run_memory(recipe: Recipe, task: Task) -> MemoryEstimate:
         compute_dtype_bytes=2 if training.bf16 or training.fp16 else None,
         gradient_checkpointing=training.gradient_checkpointing,
         reference=reference,
-        storage=ReferenceSettings.of(training, kind="quantized").storage,
+        storage=settings.storage,
     )
 
 

@@ -106,6 +106,12 @@ def test_fastest_that_fits_counts_host_memory_for_every_process() -> None:
     assert not short.fits
     assert "of host memory" in short.verdict()
     assert short.verdict().endswith("`reference_on_disk: true` reads the layers from disk instead.")
+    paged = replace(asked, optimizer="paged_adamw_8bit")
+    states = make_plan("Qwen2.5-7B", replace(paged, reference="none"), gpu_memory_gb=80)
+    least = 8 * states.estimate.host_bytes / GB
+    short = make_plan("Qwen2.5-7B", paged, gpu_memory_gb=80, host_memory_gb=least * 0.9)
+    assert "of host memory" in short.verdict()
+    assert "reference_on_disk" not in short.verdict()
 
 
 def test_verdict_says_by_how_much_it_fits_or_does_not() -> None:

@@ -36,7 +36,7 @@ from transformers import (
 from trl_grpo_ext.errors import ReferenceModelError
 from trl_grpo_ext.layerwise import LayerCall, decoder_layers
 from trl_grpo_ext.reference import QuantizedExperts, QuantizedLinear, build_reference
-from trl_grpo_ext.reference.calibration import _input_moments, calibrate, check_rank
+from trl_grpo_ext.reference.calibration import _input_moments, calibrate, check_ranks
 from trl_grpo_ext.reference.rounding import round_with_feedback
 
 
@@ -456,11 +456,11 @@ def test_a_rank_larger_than_a_layer_is_refused(tiny_model: LlamaForCausalLM) -> 
         "`reference_keep_modules`."
     )
     assert all(torch.equal(before[name], found) for name, found in codes(reference).items())
-    check_rank(reference, 16)
+    check_ranks(reference, 16)
 
 
 def test_a_rank_larger_than_an_expert_is_refused() -> None:
     config = Qwen3MoeConfig(**SIZES, moe_intermediate_size=8, num_experts=4, head_dim=16)
     reference = build_reference(seeded(Qwen3MoeForCausalLM, config))
     with pytest.raises(ReferenceModelError, match=r"mlp\.experts\..*at most 8"):
-        check_rank(reference, 9)
+        check_ranks(reference, 9)

@@ -13,7 +13,13 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from trl_grpo_ext.memory import RunSettings, estimate_run, model_shape, reference_bytes
+from trl_grpo_ext.memory import (
+    ReferenceChoice,
+    RunSettings,
+    estimate_run,
+    model_shape,
+    reference_bytes,
+)
 from trl_grpo_ext.reference import choice
 from trl_grpo_ext.reference.choice import choose_kind
 from trl_grpo_ext.reference.streamed import disk_bytes
@@ -28,6 +34,11 @@ CONFIG = LlamaConfig(
 )
 SETTINGS = RunSettings(dtype="float32", micro_batch=8, generation_batch=8, completion_tokens=16)
 LATER = ("casts", "optimizer", "buckets", "gathered", "gradients", "activations", "kv_cache")
+
+
+def own(reason: str) -> ReferenceChoice:
+    """TRL's own copy."""
+    return ReferenceChoice("resident", reason)
 
 
 def policy(device: str) -> LlamaForCausalLM:
@@ -127,7 +138,7 @@ def test_a_split_copy_is_taken_where_nothing_fits_and_four_bits_are_more(
     device = torch.device("meta")
     many, two = (dataclasses.replace(SPLIT, num_gpus=number) for number in (16, 2))
     found = choose_kind(policy("meta"), many, device=device)
-    assert found == ("resident", "each process holds a part of it, less than in 4 bits", False)
+    assert found == own("each process holds a part of it, less than in 4 bits")
     assert choose_kind(policy("meta"), two, device=device).kind == "quantized"
 
 
@@ -190,7 +201,7 @@ def test_a_model_whose_memory_cannot_be_estimated_is_copied(
         mamba = MambaForCausalLM(config)
     monkeypatch.setattr(choice, "_SURELY", 10**9)
     found = choose_kind(mamba, SETTINGS, device=torch.device("meta"))
-    assert found == ("resident", "the memory of such a model cannot be estimated", False)
+    assert found == own("the memory of such a model cannot be estimated")
 
 
 def test_a_model_whose_layers_cannot_be_told_apart_is_copied(
@@ -200,7 +211,7 @@ def test_a_model_whose_layers_cannot_be_told_apart_is_copied(
     odd.model.layers = nn.Sequential(*odd.model.layers)
     set_free(monkeypatch, copy_bytes())
     found = choose_kind(odd, SETTINGS, device=torch.device("meta"))
-    assert found == ("resident", "its layers cannot be told apart", False)
+    assert found == own("its layers cannot be told apart")
 
 
 def test_where_nothing_fits_the_smallest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

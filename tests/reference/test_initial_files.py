@@ -200,6 +200,38 @@ def test_without_hard_links_there_are_symbolic_ones(
         open_streamed(policy, target)
 
 
+def test_without_links_of_any_kind_all_is_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object) -> None:
+        raise PermissionError("a file system without links")
+
+    monkeypatch.setattr(os, "link", refuses)
+    monkeypatch.setattr(os, "symlink", refuses)
+    policy, target = loaded(folder), tmp_path / "reference"
+    reference = build_streamed_reference(policy, folder=target)
+    assert not list(target.glob("initial*"))
+    shutil.rmtree(folder)
+    assert torch.equal(logits_of(reference), logits_of(policy))
+
+
+def test_a_damaged_list_of_links_is_told_and_made_again(folder: Path, tmp_path: Path) -> None:
+    policy, target = loaded(folder), tmp_path / "reference"
+    build_streamed_reference(policy, folder=target)
+    (target / "initial.json").write_text("")
+    with pytest.raises(ReferenceModelError, match=r"initial\.json is damaged .* start again"):
+        map_initial(target)
+    again = build_streamed_reference(policy, folder=target)
+    assert torch.equal(logits_of(again), logits_of(policy))
+    assert map_initial(target).keys() == dict(policy.named_parameters()).keys()
+
+
+def test_a_whole_file_counts_before_an_index(folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert initial_files(loaded(folder)) == [folder / "model.safetensors"]
+
+
 def test_a_linked_file_that_changed_is_found_by_its_hash(folder: Path, tmp_path: Path) -> None:
     policy, target = loaded(folder), tmp_path / "reference"
     target.mkdir()
@@ -233,16 +265,17 @@ def test_a_link_is_replaced_and_leaves_nothing_behind(folder: Path, tmp_path: Pa
         }
 
 
-@pytest.mark.parametrize("damage", ["file", "index"])
+@pytest.mark.parametrize("index", [None, "{}", "version https://git-lfs", '{"weight_map": 1}'])
 def test_initial_files_that_are_damaged_are_no_initial_files(
-    damage: str, folder: Path, tmp_path: Path
+    index: str | None, folder: Path, tmp_path: Path
 ) -> None:
     policy = loaded(folder)
     other = tmp_path / "damaged"
     other.mkdir()
-    (other / "model.safetensors").write_bytes(b"version https://git-lfs")
-    if damage == "index":
-        (other / "model.safetensors.index.json").write_text("{}")
+    if index is None:
+        (other / "model.safetensors").write_bytes(b"version https://git-lfs")
+    else:
+        (other / "model.safetensors.index.json").write_text(index)
     policy.name_or_path = str(other)
     build_streamed_reference(policy, folder=tmp_path / "reference")
     assert written(tmp_path / "reference") == BUFFERS | {n for n, _ in policy.named_parameters()}

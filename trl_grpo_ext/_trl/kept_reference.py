@@ -35,6 +35,7 @@ class KeptReference(ReferenceSeams):
     """
 
     _reference_hash: str | None = None
+    _reference_is_another: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -51,9 +52,11 @@ class KeptReference(ReferenceSeams):
         keeper, device = self.reference_keeper, self.accelerator.device
         if keeper is not None:
             keeper.resume(checkpoint, found.key, self.bare_reference, device=device)
-            if found.key is not None:
-                self.reference_path = found.path or self.reference_path
-        elif self.ref_model is not None and found.path and found.weights:
+            if found.key is not None and found.path is not None:
+                self.reference_path = found.path
+        if self.ref_model is not None and found.path and found.weights:  # TRL's own
+            if keeper is not None:
+                keeper.check_settings(checkpoint, {"kind": found.kind})
             self._load_again(found.path, found.weights)
         if self.ref_model is None or self.saves_reference or not self.args.sync_ref_model:
             return
@@ -86,11 +89,12 @@ class KeptReference(ReferenceSeams):
                         f"{path} does not hold what the run's reference was loaded from any more: "
                         "the KL goes on against the model that this run was given."
                     )
-                changed = " as it is now" if self.reference_path == path else ""
-                self.reference_path += changed
+                self._reference_is_another = self.reference_path == path
                 return
             replace_weights(self.bare_reference, weights.items())
             self._reference_hash = expected
+            if self.reference_keeper is not None:
+                self.reference_keeper.take_source(expected)
             logger.info(f"reference: loaded from {path}, as when the run began")
         if own is not None:
             self.reference_path = path

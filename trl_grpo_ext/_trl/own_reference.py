@@ -54,9 +54,10 @@ class OwnReference(KeptReference):
     @property
     def reference_source(self) -> str:
         """What the KL is measured against, so that a resumed run can compare."""
-        if self.ref_model is None or self.saves_reference:
+        if self.ref_model is None:
             return self.reference_kind
-        return f"{self.reference_kind}, loaded from {self.reference_path}"
+        source = f"{self.reference_kind}, loaded from {self.reference_path}"
+        return source + " as it is now" * self._reference_is_another
 
     def make_reference(self, policy: PreTrainedModel) -> nn.Module | None:
         """Return the frozen reference that ``reference`` asks for; ``None`` for TRL's own."""
@@ -137,11 +138,13 @@ class OwnReference(KeptReference):
         except ReferenceModelError:  # damaged: of interest only when it is resumed
             return None
         path = str(policy.name_or_path)
-        if found.kind is None or not (found.path == path or Path(path).parent == folder):
+        same = found.path is not None and _is_same(found.path, path)
+        if found.kind is None or not (same or _is_same(Path(path).parent, folder)):
             return None
         reason = f"as for {last}; an empty `output_dir` has it chosen anew"
-        saved = found.key is not None
-        return ReferenceChoice(cast(Any, found.kind), reason, found.on_disk, saved)
+        asked = self.options.reference_on_disk
+        on_disk = found.on_disk if asked is None else asked and found.kind == "streamed"
+        return ReferenceChoice(cast(Any, found.kind), reason, on_disk, found.key is not None)
 
     def _has_whole(self, policy: PreTrainedModel) -> bool:
         """Whether each process has all weights now, and could follow them once they are split."""
@@ -232,3 +235,8 @@ class OwnReference(KeptReference):
             },
             progress=not args.disable_tqdm and self.is_local_process_zero(),
         )
+
+
+def _is_same(one: str | Path, other: str | Path) -> bool:
+    """Whether two names of models, or of folders, mean the same."""
+    return Path(one).resolve() == Path(other).resolve()

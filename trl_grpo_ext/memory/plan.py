@@ -83,8 +83,9 @@ class Plan:
         host = self.estimate.host_bytes * self.asked.num_gpus
         if self.host_bytes is not None and host > self.host_bytes:
             short = gb(host - self.host_bytes)
-            on_disk = self.asked.reference == "streamed"
-            hint = " `reference_on_disk: true` reads the layers from disk instead." * on_disk
+            rest = estimate_run(self.shape, replace(self.asked, reference="none")).host_bytes
+            helps = rest * self.asked.num_gpus <= self.host_bytes
+            hint = " `reference_on_disk: true` reads the layers from disk instead." * helps
             return f"does not fit by {short} of host memory: it needs {gb(host)}.{hint}"
         return (
             f"fits: it needs {gb(need)} of the {gb(usable)} usable on a GPU, "

@@ -108,7 +108,7 @@ def model_shape(config: PreTrainedConfig) -> ModelShape:
         >>> f"{shape.num_parameters:,}"
         '6,738,415,616'
     """
-    model = _on_meta(config)
+    model = model_on_meta(config)
     text = config.get_text_config()
     layers = _decoder_layers(model, num_layers=int(text.num_hidden_layers))
     norms = _norms(layers[0])
@@ -142,7 +142,8 @@ def attention_widths(text: PreTrainedConfig) -> tuple[int, int]:
 _QUERY_NORMS = {"q_norm", "k_norm", "query_layernorm", "key_layernorm"}
 
 
-def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+def model_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the causal language model of a configuration, without its weights."""
     from transformers import AutoModelForCausalLM
 
     build: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config

@@ -24,6 +24,7 @@ from trl_grpo_ext.reference.quantized import (
     QuantizationType,
     QuantizedLinear,
     check_device,
+    check_rank,
 )
 
 EmbeddingQuantization = Literal["int8"]
@@ -171,6 +172,29 @@ def build_reference(
     if embedding_quantization is not None:
         untie(reference)
     return reference
+
+
+def check_options(
+    policy: PreTrainedModel, *, keep_modules: Sequence[str] = (), rank: int = 0
+) -> None:
+    """Refuse what a model has not: modules to keep, and layers of this rank.
+
+    Args:
+        policy: Perhaps without weights, on torch's meta device.
+        keep_modules: As for :func:`build_reference`.
+        rank: Of the low-rank factors; 0 for none.
+
+    Raises:
+        ReferenceModelError: ``keep_modules`` names a module that is not there, or ``rank`` is
+            larger than a layer.
+    """
+    _check_keep_modules(policy, keep_modules)
+    names = {module: name for name, module in policy.named_modules()}
+    for module, weight in _linear_layers(policy, keep_modules):
+        check_rank(rank, names[module], *weight.shape)
+    for name, parameter, _ in expert_parameters(policy):
+        if not _is_kept(name, keep_modules):
+            check_rank(rank, name, *parameter.shape[1:])
 
 
 def summarize_reference(reference: nn.Module) -> ReferenceSummary:

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from trl_grpo_ext.errors import ReferenceModelError
 from trl_grpo_ext.layerwise import LayerCall, call_each, decoder_layers, run_layerwise
 from trl_grpo_ext.reference.completions import CompletionBatch, check_not_empty
 from trl_grpo_ext.reference.expert_inputs import (
@@ -37,7 +36,7 @@ from trl_grpo_ext.reference.experts import QuantizedExperts
 from trl_grpo_ext.reference.low_rank import low_rank_factors, rank_of_budget
 from trl_grpo_ext.reference.modes import evaluating
 from trl_grpo_ext.reference.moments import estimated_moments, outer_sum
-from trl_grpo_ext.reference.quantized import QuantizedLinear
+from trl_grpo_ext.reference.quantized import QuantizedLinear, check_rank
 from trl_grpo_ext.reference.rounding import round_with_feedback
 
 _NUM_TURNS = 3  # of rounding and low rank
@@ -77,7 +76,7 @@ def calibrate(
     """
     check_not_empty(batches)
     if isinstance(rank, int):
-        check_rank(reference, rank)
+        check_ranks(reference, rank)
     layers, sources = list(decoder_layers(reference)), decoder_layers(policy)
     masks_BW = [batch.attention_mask_BW for batch in batches]
     bar = tqdm(total=len(layers), desc="Calibrating the reference", disable=not progress)
@@ -107,7 +106,7 @@ def rank_within(bits: float) -> Rank:
     )
 
 
-def check_rank(reference: nn.Module, rank: int) -> None:
+def check_ranks(reference: nn.Module, rank: int) -> None:
     """Refuse a rank that a quantized layer does not have.
 
     Raises:
@@ -115,14 +114,7 @@ def check_rank(reference: nn.Module, rank: int) -> None:
     """
     for name, module in reference.named_modules():
         if isinstance(module, QuantizedLinear):
-            limit = min(module.out_features, module.in_features)
-            if rank > limit:
-                raise ReferenceModelError(
-                    f"`reference_rank` is {rank}, but {name} is a layer of {module.out_features} x "
-                    f"{module.in_features}: a rank above {limit} adds nothing. Set "
-                    f"`reference_rank` to at most {limit}, or name the layer in "
-                    "`reference_keep_modules`."
-                )
+            check_rank(rank, name, module.out_features, module.in_features)
 
 
 def _compensate_layer(

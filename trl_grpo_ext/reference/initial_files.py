@@ -31,13 +31,16 @@ _LINK = "initial-{:05d}.safetensors"
 
 def initial_files(model: PreTrainedModel) -> list[Path]:
     """Return the safetensors on this machine that a model was loaded from; none without them."""
-    index = _cached(model, SAFE_WEIGHTS_INDEX_NAME)
+    whole, index = _cached(model, SAFE_WEIGHTS_NAME), _cached(model, SAFE_WEIGHTS_INDEX_NAME)
+    if whole is not None:  # which is what transformers loads, if both are there
+        return [whole]
     if index is None:
-        names = [SAFE_WEIGHTS_NAME]
-    else:
-        weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
-        names = sorted(set(weight_map.values()))
-    found = [_cached(model, name) for name in names]
+        return []
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):  # the model is not from there
+        return []
+    found = [_cached(model, name) for name in sorted(names)]
     return [path for path in found if path is not None]
 
 
@@ -61,9 +64,8 @@ def link_initial(model: PreTrainedModel, folder: Path, weights: Weights) -> set[
             for name, tensor in _like(path, weights)
             if torch.equal(raw_bytes(tensor), raw_bytes(weights[name]))
         }
-        if same:
-            link = _LINK.format(number)
-            _link(path, folder / link)
+        link = _LINK.format(number)
+        if same and _link(path, folder / link):
             links[link] = same
     if links:
         write_atomically(folder / _INDEX, json.dumps(links, indent=2))
@@ -82,10 +84,8 @@ def map_initial(folder: Path, *, verify: bool = False) -> Weights:
     Raises:
         ReferenceModelError: a file is gone, damaged, or has changed.
     """
-    index = folder / _INDEX
-    links = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
     found: Weights = {}
-    for link, hashes in links.items():
+    for link, hashes in _links(folder).items():
         path = folder / link
         weights = map_weights(path)
         changed = [
@@ -168,16 +168,34 @@ def _like(path: Path, weights: Weights) -> Iterator[tuple[str, Tensor]]:
             yield name, there[name]
 
 
+def _links(folder: Path) -> dict[str, dict[str, str]]:
+    """Of each link in a folder, the hashes of its tensors that count, by their names."""
+    index = folder / _INDEX
+    try:
+        return cast(dict[str, dict[str, str]], json.loads(index.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ReferenceModelError(
+            f"{index} is damaged ({error}), so the reference cannot be read from {folder}. "
+            "Delete that folder, and start again."
+        ) from error
+
+
 def _hash(tensor: Tensor) -> str:
     return hashlib.sha256(cast(Any, raw_bytes(tensor).numpy())).hexdigest()
 
 
-def _link(path: Path, link: Path) -> None:
+def _link(path: Path, link: Path) -> bool:
+    """Link a file, instead of a link that is there; false where the file system has no links."""
     new = link.with_suffix(f".{os.getpid()}.partial")
     new.unlink(missing_ok=True)
-    try:
-        os.link(path.resolve(), new)
-    except OSError:  # another file system, or one without hard links
-        new.symlink_to(path.resolve())
-    os.replace(new, link)
-    new.unlink(missing_ok=True)  # which stays if both were the same file already
+    for make in (os.link, os.symlink):  # hard ones are not for another file system
+        try:
+            make(path.resolve(), new)
+        except OSError:
+            continue
+        os.replace(new, link)
+        new.unlink(missing_ok=True)  # which stays if both were the same file already
+        return True
+    return False

@@ -14,11 +14,10 @@ from transformers.utils import logging
 
 from trl_grpo_ext.cpu_linear import use_onednn
 from trl_grpo_ext.errors import LayerOrderError, ReferenceModelError
-from trl_grpo_ext.reference.build import build_reference, summarize_reference
+from trl_grpo_ext.reference.build import build_reference, check_options, summarize_reference
 from trl_grpo_ext.reference.calibration import (
     Rank,
     calibrate,
-    check_rank,
     rank_up_to,
     rank_within,
 )
@@ -98,9 +97,11 @@ class ReferenceKeeper:
             ReferenceModelError: it cannot be built.
         """
         check_policy(policy)
+        if self.settings.kind == "quantized":
+            keep_modules, rank = self.settings.keep_modules, self.settings.rank or 0
+            check_options(policy, keep_modules=keep_modules, rank=rank)
         if self.store is not None:
-            drawn = {"drawn_from": self.drawn_from} if self.drawn_from else {}
-            self.key = reference_key(fingerprint(policy), self.settings.identity | drawn)
+            self.key = self._key_of(fingerprint(policy))
             self.initial_key = self.initial_key or self.key
         reference = self._uncalibrated(policy)
         kind = self.settings.kind
@@ -118,6 +119,10 @@ class ReferenceKeeper:
         tell = describe_streamed if kind == "streamed" else summarize_reference
         logger.info(f"reference: {kind}, {tell(reference)}")
         return reference
+
+    def _key_of(self, source: str) -> str:
+        drawn = {"drawn_from": self.drawn_from} if self.drawn_from else {}
+        return reference_key(source, self.settings.identity | drawn)
 
     def share(self, reference: PreTrainedModel, *, device: torch.device) -> None:
         """Give what the main process has just built to those that wait; every one must call it."""
@@ -167,7 +172,6 @@ class ReferenceKeeper:
 
     def _calibrate(self, reference: PreTrainedModel, policy: PreTrainedModel) -> None:
         settings = self.settings
-        check_rank(reference, settings.rank or 0)  # before anything is sampled
         if self.sample is None:
             logger.warning(
                 "The reference is rounded to nearest and not measured: prompts may hold images, on "
@@ -288,6 +292,11 @@ class ReferenceKeeper:
         if self.store is not None:
             self.store.prune(run_dir, keep={self.key, self.initial_key})
 
+    def take_source(self, source: str) -> None:
+        """Go by the key of the reference of a policy with this hash, whose weights it has now."""
+        if self.store is not None:
+            self.key = self.initial_key = self._key_of(source)
+
     def resume(
         self, checkpoint: Path, key: str | None, reference: PreTrainedModel, *, device: torch.device
     ) -> None:
@@ -309,13 +318,8 @@ class ReferenceKeeper:
         assert key is not None
         store = ReferenceStore(checkpoint.parent / FOLDER)
         manifest = of_main(store.manifest(key))
-        if manifest is not None and manifest["settings"] != self._manifest()["settings"]:
-            changes = _changes(manifest["settings"], self._manifest()["settings"])
-            raise ReferenceModelError(
-                f"{checkpoint} was written by a run with another reference ({changes}), so its KL "
-                "would jump. Set the `reference` options to what they were, or start anew from the "
-                "checkpoint's weights."
-            )
+        if manifest is not None:
+            self.check_settings(checkpoint, manifest["settings"])
         is_missing = is_anywhere(store.manifest(key) is None)
         if manifest is None or self.settings.on_disk or not is_missing:
             self._restore(store, key, reference)
@@ -325,6 +329,20 @@ class ReferenceKeeper:
             replace_weights(reference, sent(weights, device=device))
             logger.info("reference: sent by the main process, from where the run had saved it")
         self.key = key
+
+    def check_settings(self, checkpoint: Path, then: dict[str, Any]) -> None:
+        """Refuse to go on from a checkpoint whose run had other settings, which name its kind.
+
+        Raises:
+            ReferenceModelError: it had.
+        """
+        here = self._manifest()["settings"]
+        if then != here:
+            raise ReferenceModelError(
+                f"{checkpoint} was written by a run with another reference "
+                f"({_changes(then, here)}), so its KL would jump. Set the `reference` options to "
+                "what they were, or start anew from the checkpoint's weights."
+            )
 
     def _restore(self, store: ReferenceStore, key: str, reference: PreTrainedModel) -> None:
         self._adopt(store.manifest(key) or {}, reference)

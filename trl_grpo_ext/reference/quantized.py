@@ -50,6 +50,21 @@ def check_device(types: Iterable[str]) -> None:
         )
 
 
+def check_rank(rank: int, name: str, out_features: int, in_features: int) -> None:
+    """Refuse factors of a rank that a layer does not have.
+
+    Raises:
+        ReferenceModelError: ``rank`` is larger than the layer.
+    """
+    limit = min(out_features, in_features)
+    if rank > limit:
+        raise ReferenceModelError(
+            f"`reference_rank` is {rank}, but {name} is a layer of {out_features} x {in_features}: "
+            f"a rank above {limit} adds nothing. Set `reference_rank` to at most {limit}, or name "
+            "the layer in `reference_keep_modules`."
+        )
+
+
 def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which a layer computes: of autocast if that is on, else ``dtype``."""
     if torch.is_autocast_enabled(device.type):

@@ -148,9 +148,12 @@ class ReferenceStore:
             mapped: Whether the reference reads its weights from these files from here on.
 
         Raises:
-            ReferenceModelError: as :meth:`weights`.
+            ReferenceModelError: as :meth:`weights`; or files in another dtype are to be mapped.
         """
-        replace_weights(reference, self.weights(key, reference).items(), mapped=mapped)
+        weights = self.weights(key, reference)
+        if mapped:
+            _check_types(self.root / key, reference, weights)
+        replace_weights(reference, weights.items(), mapped=mapped)
 
     def prune(self, output_dir: Path, *, keep: Collection[str]) -> None:
         """Remove saved references that no checkpoint of the folder notes, but for ``keep``.
@@ -268,6 +271,18 @@ def _misfits(reference: PreTrainedModel, weights: Weights) -> set[str]:
         if weights[name].shape != whole_shape(expected[name])
     }
     return (expected.keys() - weights) | (weights.keys() - _owners(reference)) | others
+
+
+def _check_types(folder: Path, reference: PreTrainedModel, weights: Weights) -> None:
+    for layer in streamed_layers(reference):
+        for name, tensor in named_tensors(layer.host):
+            saved = weights[layer.prefix + name].dtype
+            if saved != tensor.dtype:
+                raise ReferenceModelError(
+                    f"{folder} holds the reference in {saved}, but this run computes it in "
+                    f"{tensor.dtype}, so that its layers cannot be read from there as they are. "
+                    "Set `dtype` to what it was, or `reference_on_disk: false`."
+                )
 
 
 def _owners(reference: PreTrainedModel) -> dict[str, tuple[nn.Module, str]]:
