@@ -190,16 +190,16 @@ def choose_reference(
 
     Example:
         >>> gb = 10**9
-        >>> choose_reference(
+        >>> choice = choose_reference(
         ...     parameter_bytes=14 * gb,
         ...     streamed_device_bytes=2 * gb,
         ...     free_device_bytes=20 * gb,
         ...     reserved_bytes=10 * gb,
         ...     free_host_bytes=64 * gb,
-        ... )  # doctest: +NORMALIZE_WHITESPACE
-        ReferenceChoice(kind='streamed', reason='a copy of 14.0 GB does not fit into the 10.0 GB
-        that are left on the device; its layers stream from the 64.0 GB free in host memory',
-        on_disk=False)
+        ... )
+        >>> f"{choice.kind}: {choice.reason}"  # doctest: +NORMALIZE_WHITESPACE
+        'streamed: a copy of 14.0 GB does not fit into the 10.0 GB that are left on the device; its
+        layers stream from the 64.0 GB free in host memory'
     """
     if has_adapter:
         return ReferenceChoice("adapter", "the policy with its adapter switched off is exact")
