@@ -610,13 +610,28 @@ def test_auto_copies_a_model_that_has_no_path(tiny_model_dir: Path, tmp_path: Pa
 
 
 def test_a_resume_with_other_settings_of_the_reference_stops(
-    tiny_model_dir: Path, tmp_path: Path
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(ext_trainer(tiny_model_dir, tmp_path, **SAVING | QUICK))
+    assert "another reference" not in caplog.text
     checkpoint = tmp_path / "out" / "checkpoint-2"
     other = ext_trainer(tiny_model_dir, tmp_path, **SAVING | QUICK | {"reference_rank": 3})
+    assert "If you resume: " in caplog.text
+    assert "another reference (rank: 4, here 3)" in caplog.text
     with pytest.raises(ReferenceModelError, match=r"another reference \(rank: 4, here 3\)"):
         other.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("asked", ["last-good", "checkpoint-2"])
+def test_a_resume_that_is_asked_for_stops_before_anything_is_sampled(
+    asked: str, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(ext_trainer(tiny_model_dir, tmp_path, **SAVING | QUICK))
+    monkeypatch.delattr(CalibrationSampler, "__call__")
+    asked = str(tmp_path / "out" / asked) if asked != "last-good" else asked
+    changes = SAVING | QUICK | {"reference_rank": 3, "resume_from_checkpoint": asked}
+    with pytest.raises(ReferenceModelError, match=r"another reference \(rank: 4, here 3\)"):
+        ext_trainer(tiny_model_dir, tmp_path, **changes)
 
 
 def test_checkpoints_that_are_rotated_away_take_their_reference_with_them(

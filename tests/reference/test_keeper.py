@@ -69,6 +69,7 @@ def note(kept: ReferenceKeeper, checkpoint: Path, reference: PreTrainedModel) ->
 
 def resume(kept: ReferenceKeeper, checkpoint: Path, reference: PreTrainedModel) -> None:
     """What the trainer does before it goes on from a checkpoint."""
+    kept.check_resume(checkpoint, noted(checkpoint))
     kept.resume(checkpoint, noted(checkpoint).key, reference, device=torch.device("cpu"))
 
 

@@ -12,6 +12,9 @@ from transformers.utils import logging
 from trl.trainer import grpo_trainer
 
 from trl_grpo_ext._trl.reference import ReferenceSeams
+from trl_grpo_ext.checkpointing import newest_checkpoint
+from trl_grpo_ext.errors import ReferenceModelError
+from trl_grpo_ext.reference.keeper import ReferenceKeeper
 from trl_grpo_ext.reference.layer_stream import Weights, named_tensors
 from trl_grpo_ext.reference.sharing import is_anywhere, of_main
 from trl_grpo_ext.reference.store import (
@@ -46,17 +49,35 @@ class KeptReference(ReferenceSeams):
         """Whether checkpoints go with a saved reference."""
         return self.reference_keeper is not None and self.reference_keeper.store is not None
 
+    def check_resumable(self, keeper: ReferenceKeeper) -> None:
+        """Tell before it is built that the newest checkpoint here goes with another reference.
+
+        Raises:
+            ReferenceModelError: ``resume_from_checkpoint`` asks to go on from there.
+        """
+        asked = self.args.resume_from_checkpoint
+        named = Path(asked) if asked and Path(asked).is_dir() else None
+        checkpoint = of_main(named or newest_checkpoint(Path(str(self.args.output_dir))))
+        if checkpoint is None:
+            return
+        try:
+            keeper.check_resume(checkpoint, noted(checkpoint))
+        except ReferenceModelError as error:
+            if asked:
+                raise
+            if self.is_world_process_zero():
+                logger.warning(f"If you resume: {error}")
+
     def resume_reference(self, checkpoint: Path) -> None:
         """Take the reference that the run of a checkpoint had, if this one has another."""
         found: ReferenceNote = of_main(noted(checkpoint))
         keeper, device = self.reference_keeper, self.accelerator.device
         if keeper is not None:
+            keeper.check_resume(checkpoint, found)
             keeper.resume(checkpoint, found.key, self.bare_reference, device=device)
             if found.key is not None and found.path is not None:
                 self.reference_path = found.path
         if self.ref_model is not None and found.path and found.weights:  # TRL's own
-            if keeper is not None:
-                keeper.check_settings(checkpoint, {"kind": found.kind})
             self._load_again(found.path, found.weights)
         if self.ref_model is None or self.saves_reference or not self.args.sync_ref_model:
             return

@@ -93,6 +93,7 @@ class OwnReference(KeptReference):
             self.plan = blueprint(policy)
         if is_partitioned(policy):
             policy = whole_policy(policy, blueprint(policy))
+        self.check_resumable(keeper)
         reference = self.build_reference(keeper, policy)
         self.reference_keeper = keeper
         return reference

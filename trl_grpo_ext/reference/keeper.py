@@ -23,16 +23,17 @@ from trl_grpo_ext.reference.calibration import (
 )
 from trl_grpo_ext.reference.completions import CompletionBatch
 from trl_grpo_ext.reference.distillation import distill
-from trl_grpo_ext.reference.experts import unknown_experts
 from trl_grpo_ext.reference.fidelity import KLPenalty, ReferenceFidelity, measure_fidelity
 from trl_grpo_ext.reference.frozen import check_policy
 from trl_grpo_ext.reference.layer_stream import named_tensors, streamed_layers
 from trl_grpo_ext.reference.mixed import calibrate_mixed, widen
+from trl_grpo_ext.reference.notices import tell_few_tokens, tell_fidelity, tell_unknown_experts
 from trl_grpo_ext.reference.options import DEFAULT_RANK, ReferenceSettings
 from trl_grpo_ext.reference.sampling import CalibrationData
 from trl_grpo_ext.reference.sharing import is_anywhere, is_main, of_main, sent
 from trl_grpo_ext.reference.store import (
     FOLDER,
+    ReferenceNote,
     ReferenceStore,
     fingerprint,
     reference_key,
@@ -49,8 +50,6 @@ from trl_grpo_ext.reference.whole import split_again, unsplit
 logger = logging.get_logger(__name__)
 
 Batches = Sequence[CompletionBatch]
-
-_FEW = 0.5  # of the tokens asked for
 
 
 @dataclass
@@ -114,8 +113,9 @@ class ReferenceKeeper:
             else:
                 self._calibrate(reference, policy)
                 self.save(reference)
-            self._tell_fidelity()
-            self._tell_unknown_experts(reference)
+            if self.fidelity is not None:
+                tell_fidelity(self.fidelity, self.settings)
+            tell_unknown_experts(reference, self.settings)
         tell = describe_streamed if kind == "streamed" else summarize_reference
         logger.info(f"reference: {kind}, {tell(reference)}")
         return reference
@@ -181,7 +181,7 @@ class ReferenceKeeper:
             return
         data = self.sample(policy)
         if settings.compensation != "none":
-            self._tell_few_tokens(data)
+            tell_few_tokens(data, asked=settings.calibration_tokens)
             self._compensate(reference, policy, data.calibration)
         if settings.distillation_steps:
             distill(
@@ -232,17 +232,6 @@ class ReferenceKeeper:
         widen(reference, self.wide or [], narrow=self.settings.quantization, policy=policy)
         calibrate(reference, policy, batches, rank=self._rank(), progress=self.progress)
 
-    def _tell_few_tokens(self, data: CalibrationData) -> None:
-        found = sum(int(batch.attention_mask_BW.sum()) for batch in data.calibration)
-        asked = self.settings.calibration_tokens
-        if found < asked * _FEW:
-            logger.warning(
-                f"The reference is calibrated on {found} tokens, though "
-                f"`reference_calibration_tokens` is {asked}: prompts and their completions "
-                "do not come to more. Its floor is higher than it could be. Give more prompts, or "
-                "lower `reference_calibration_tokens` to say that this is enough."
-            )
-
     def _rank(self) -> Rank:
         settings = self.settings
         if settings.compensation != "low_rank":
@@ -250,30 +239,6 @@ class ReferenceKeeper:
         if settings.bits is not None:
             return rank_within(settings.bits)
         return rank_up_to(DEFAULT_RANK) if settings.rank is None else settings.rank
-
-    def _tell_unknown_experts(self, reference: PreTrainedModel) -> None:
-        found = [] if self.settings.keep_modules else unknown_experts(reference)
-        if found:
-            logger.warning(
-                f"{len(found)} weights of three dimensions (the first is {found[0]}) stay in full "
-                "precision, because transformers does not mark them as experts of a kind that can "
-                "be read one by one. The reference is larger than its bits say; see its bytes."
-            )
-
-    def _tell_fidelity(self) -> None:
-        if self.fidelity is None:
-            return
-        logger.info(f"reference: {self.fidelity}")
-        limit = self.settings.max_floor * self.settings.kl_target
-        if self.fidelity.kl_k3 > limit:
-            logger.warning(
-                f"The reference shows a KL of {self.fidelity.kl_k3:.2g} nats a token where the "
-                f"truth is 0, above {self.settings.max_floor:g} of the KL expected of the run "
-                f"(`reference_kl_target`={self.settings.kl_target:g}), so a part of the penalty "
-                "pulls towards rounding errors. Use `reference: streamed` or `resident` (exact), "
-                "`reference_quantization: int8`, or more `reference_bits`; or raise "
-                "`reference_kl_target` if the run's `kl` will be larger."
-            )
 
     # Beside the checkpoints -----------------------------------------------------------------------
 
@@ -311,15 +276,14 @@ class ReferenceKeeper:
             device: What the processes talk over.
 
         Raises:
-            ReferenceModelError: the saved one is gone, or was made with other settings.
+            ReferenceModelError: the saved one is gone, or is not the kind of reference that
+                :meth:`check_resume` has seen.
         """
         if not is_anywhere(key is not None and key != self.key):
             return
         assert key is not None
         store = ReferenceStore(checkpoint.parent / FOLDER)
         manifest = of_main(store.manifest(key))
-        if manifest is not None:
-            self.check_settings(checkpoint, manifest["settings"])
         is_missing = is_anywhere(store.manifest(key) is None)
         if manifest is None or self.settings.on_disk or not is_missing:
             self._restore(store, key, reference)
@@ -330,14 +294,23 @@ class ReferenceKeeper:
             logger.info("reference: sent by the main process, from where the run had saved it")
         self.key = key
 
-    def check_settings(self, checkpoint: Path, then: dict[str, Any]) -> None:
-        """Refuse to go on from a checkpoint whose run had other settings, which name its kind.
+    def check_resume(self, checkpoint: Path, found: ReferenceNote) -> None:
+        """Refuse to go on from a checkpoint whose run had a reference of other settings.
+
+        Every process must call it; what the main process sees counts.
+
+        Args:
+            checkpoint: Beside the folder of the saved ones.
+            found: What it notes. TRL's own copy, which is not saved, was a resident one.
 
         Raises:
             ReferenceModelError: it had.
         """
-        here = self._manifest()["settings"]
-        if then != here:
+        store = ReferenceStore(checkpoint.parent / FOLDER)
+        saved = None if found.key is None else store.manifest(found.key)
+        own = {"kind": found.kind} if found.weights else None
+        then, here = of_main(own if saved is None else saved["settings"]), self._settings()
+        if then not in (None, here):
             raise ReferenceModelError(
                 f"{checkpoint} was written by a run with another reference "
                 f"({_changes(then, here)}), so its KL would jump. Set the `reference` options to "
@@ -356,15 +329,16 @@ class ReferenceKeeper:
         fidelity = manifest.get("fidelity")
         self.fidelity = None if fidelity is None else ReferenceFidelity(**fidelity)
 
+    def _settings(self) -> dict[str, Any]:
+        """What the reference is made of, as JSON reads it back."""
+        values = self.settings.identity
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
+
     def _manifest(self) -> dict[str, Any]:
-        settings = {
-            name: list(value) if isinstance(value, tuple) else value  # as JSON reads it back
-            for name, value in self.settings.identity.items()
-        }
         fidelity = None if self.fidelity is None else asdict(self.fidelity)
         measured = asdict(self.penalty) | {"kl_target": self.settings.kl_target}
         return {
-            "settings": settings,
+            "settings": self._settings(),
             "fidelity": fidelity,
             "measured": measured,
             "wide": self.wide,
